@@ -1,0 +1,226 @@
+"""Rebuild a fairseq training from its run: model, batches, loss, and its updates bit for bit.
+
+Everything comes from the recorded argument list and the dictionaries kept in the run; only the probe, or batches
+whose tensors were not recorded, need the binarised data.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from recorder.errors import FormatError, UsageError
+from recorder.integrations.fairseq_config import fairseq_config, quietly
+from recorder.integrations.fairseq_train import DICTIONARIES_FOLDER
+from recorder.manifest import Trainer
+from recorder.runformat import Step
+from recorder.workload import RepeatedUpdate
+
+from fairseq import tasks  # isort: skip (importable once the shim has run)
+from fairseq.data import data_utils  # isort: skip
+from fairseq.trainer import Trainer as FairseqTrainer  # isort: skip
+
+
+class FairseqWorkload:
+    """The `recorder.workload.Workload` of a run made by ``python -m recorder fairseq-train``.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    trainer
+        The manifest's entry.
+    data
+        Where the binarised data is now; None for the recorded place.
+    run_user_code
+        Whether the recorded ``--user-dir`` may be imported.
+    """
+
+    def __init__(self, run: Path, trainer: Trainer, *, data: str | None, run_user_code: bool) -> None:
+        self._arguments = trainer.arguments
+        self._config = fairseq_config(trainer.arguments, Path(trainer.directory), run_user_code=run_user_code)
+        self._data = data or self._config.task.data
+        self._data_task: Any = None
+        self._config.task.data = str(run / DICTIONARIES_FOLDER)
+        with quietly():
+            self._task = tasks.setup_task(self._config.task)
+            self._criterion = self._task.build_criterion(self._config.criterion)
+        self._criterion.eval()
+
+    def model(self) -> nn.Module:
+        """Build the model as fairseq-train does.
+
+        Returns
+        -------
+        torch.nn.Module
+            Freshly initialised. The encoder's fused inference path is switched off: it reads tensors that training
+            never updates, and its loss is silently wrong.
+
+        Raises
+        ------
+        FormatError
+            If fairseq built something that is no module.
+        """
+        with quietly():
+            model = self._task.build_model(self._config.model)
+        if not isinstance(model, nn.Module):
+            message = f"fairseq built a {type(model).__name__} where a torch module was expected"
+            raise FormatError(message)
+        for module in model.modules():
+            if hasattr(module, "can_use_fastpath"):
+                module.can_use_fastpath = False
+        return model
+
+    def _dataset(self, split: str) -> Any:
+        if self._data_task is None:
+            places = self._data.split(":")
+            missing = [place for place in places if not Path(place).is_dir()]
+            if missing:
+                message = (
+                    f"the binarised data of this training is not at {missing[0]}; pass --data FOLDER with where it is "
+                    "now (only loss data 'batch' needs no data)"
+                )
+                raise UsageError(message)
+            self._config.task.data = self._data
+            with quietly():
+                self._data_task = tasks.setup_task(self._config.task)
+        if split not in self._data_task.datasets:
+            try:
+                with quietly():
+                    self._data_task.load_dataset(split, combine=False, epoch=1)
+            except FileNotFoundError as error:
+                message = f"{self._data} holds no split {split!r} of the binarised data ({error}); pass --data FOLDER"
+                raise UsageError(message) from error
+        return self._data_task.datasets[split]
+
+    def indices(self, split: str) -> Sequence[int]:
+        """List the examples of a split that training would use, in fairseq's order of similar lengths.
+
+        Parameters
+        ----------
+        split
+            ``train`` or ``valid``.
+
+        Returns
+        -------
+        sequence of int
+            Data set indices; examples too long for the model are left out, as in training.
+        """
+        dataset = self._dataset(split)
+        with data_utils.numpy_seed(self._config.common.seed):
+            ordered = dataset.ordered_indices()
+        positions = self._task.max_positions()
+        kept = self._task.filter_indices_by_size(ordered, dataset, positions, ignore_invalid_inputs=True)
+        return [int(index) for index in kept]
+
+    def batch(self, indices: Sequence[int], *, split: str, epoch: int) -> Any:
+        """Collate examples, and put the rows in the order of `indices`.
+
+        fairseq's collater sorts by length with a sort that is not stable, so its own order cannot be relied on.
+
+        Parameters
+        ----------
+        indices
+            Data set indices.
+        split
+            ``train`` or ``valid``.
+        epoch
+            Decides a masked language model's masks.
+
+        Returns
+        -------
+        dict
+            fairseq's sample, in host memory.
+        """
+        dataset = self._dataset(split)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        sample = dataset.collater([dataset[index] for index in indices])
+        position = {int(index): row for row, index in enumerate(sample["id"])}
+        order = torch.tensor([position[int(index)] for index in indices])
+        return _permute_rows(sample, order)
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Apply the training's criterion.
+
+        Parameters
+        ----------
+        model
+            The model.
+        batch
+            fairseq's sample, on the model's device.
+
+        Returns
+        -------
+        loss_sum : torch.Tensor
+            0-d, in nats.
+        sample_size : torch.Tensor or float
+            What training divides the gradient by.
+        """
+        loss_sum, sample_size, _ = self._criterion(model, batch)
+        return loss_sum, sample_size
+
+    def repeat_updates(
+        self,
+        theta: Mapping[str, torch.Tensor],
+        optimizer_state: Mapping[str, Any] | None,
+        steps: Sequence[Step],
+    ) -> Iterator[RepeatedUpdate]:
+        """Redo consecutive updates with fairseq's own trainer.
+
+        Parameters
+        ----------
+        theta
+            Parameters before the first of them.
+        optimizer_state
+            The optimizer's state then; None if it had none.
+        steps
+            The recorded steps.
+
+        Yields
+        ------
+        RepeatedUpdate
+            Losses and parameters of each update.
+        """
+        with tempfile.TemporaryDirectory() as scratch, quietly():
+            # On a non-finite gradient fairseq writes crash.pt into its save folder, which is the user's.
+            self._config.checkpoint.save_dir = scratch
+            model, criterion = self.model(), self._task.build_criterion(self._config.criterion)
+            named = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, tensor in theta.items():
+                    named[name].copy_(tensor)
+            trainer = FairseqTrainer(self._config, self._task, model, criterion)
+            if optimizer_state is not None:
+                inner = trainer.optimizer.optimizer
+                inner.load_state_dict({**inner.state_dict(), "state": optimizer_state})
+            losses: list[tuple[float, float]] = []
+            criterion.register_forward_hook(
+                lambda module, args, output: losses.append((float(output[0].detach()), float(output[1])))
+            )
+            for step in steps:
+                losses.clear()
+                trainer.set_num_updates(step.step)
+                trainer.optimizer.set_lr(step.learning_rates[0])
+                trainer.train_step([self._sample(step, position) for position in range(len(step.micro_batches))])
+                parameters = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+                yield RepeatedUpdate(losses=tuple(losses), parameters=parameters)
+
+    def _sample(self, step: Step, position: int) -> Any:
+        micro_batch = step.micro_batches[position]
+        if micro_batch.stored:
+            return micro_batch.batch()
+        return self.batch(micro_batch.indices.tolist(), split="train", epoch=step.epoch)
+
+
+def _permute_rows(sample: Any, order: torch.Tensor) -> Any:
+    if isinstance(sample, torch.Tensor):
+        return sample[order] if sample.dim() > 0 and sample.shape[0] == len(order) else sample
+    if isinstance(sample, Mapping):
+        return {key: _permute_rows(value, order) for key, value in sample.items()}
+    return sample

@@ -1,0 +1,222 @@
+"""The run's manifest: what is recorded once, in `RUN/manifest.json`.
+
+Part of the run format (`recorder.runformat`, docs/formats/run.md). Ground floor: imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recorder import durable
+from recorder.errors import FormatError, UsageError
+from recorder.table import Parameter
+
+FORMAT = "lossledger-run"
+VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Trainer:
+    """Which program trained, and what replay needs to rebuild it.
+
+    Parameters
+    ----------
+    name
+        ``torch`` for a loop with `recorder.watch`, or the trainer's library.
+    version
+        Of that library.
+    arguments
+        Its command line, where it has one.
+    directory
+        Where it ran: relative paths in `arguments` start here.
+    """
+
+    name: str
+    version: str
+    arguments: tuple[str, ...] = ()
+    directory: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerFacts:
+    """What the optimizer was.
+
+    Parameters
+    ----------
+    name
+        Qualified class name.
+    groups
+        For every parameter group its hyperparameters (JSON types) and, under ``parameters``, the names it updates.
+    fresh
+        Whether it had no state when the recording began.
+    """
+
+    name: str
+    groups: tuple[Mapping[str, Any], ...]
+    fresh: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What is recorded once for a run.
+
+    Parameters
+    ----------
+    run_id
+        Identity of the run: 32 hexadecimal digits.
+    state
+        ``recording``, ``complete``, or ``incomplete: <why>``.
+    path
+        ``recorded``: every step's parameters are the optimizer's own.
+    workload
+        ``module:function`` that rebuilds model, batches and loss; None where the trainer's arguments do.
+    trainer
+        The training program.
+    optimizer
+        The optimizer.
+    recipe
+        What the training's bits depend on (`recorder.recipe.current_recipe`).
+    batches
+        ``tensors`` or ``indices``: whether the tensors of every micro-batch were stored.
+    parameters
+        The parameter table.
+    changing_buffers
+        Names of the model's buffers that changed during training.
+    provenance
+        Versions and time of creation.
+    """
+
+    run_id: str
+    state: str
+    path: str
+    workload: str | None
+    trainer: Trainer
+    optimizer: OptimizerFacts
+    recipe: Mapping[str, Any]
+    batches: str
+    parameters: tuple[Parameter, ...]
+    changing_buffers: tuple[str, ...] = ()
+    provenance: Mapping[str, Any]
+
+    @property
+    def trained(self) -> tuple[Parameter, ...]:
+        """The parameters that are in the ledger."""
+        return tuple(parameter for parameter in self.parameters if parameter.trained)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest as plain JSON types.
+
+        Returns
+        -------
+        dict
+            With ``format`` and ``version`` first.
+        """
+        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], source: str) -> Manifest:
+        """Build a manifest from a JSON document.
+
+        Parameters
+        ----------
+        document
+            What `to_dict` gave.
+        source
+            Where it is from, for error messages.
+
+        Returns
+        -------
+        Manifest
+            The manifest.
+
+        Raises
+        ------
+        FormatError
+            If it is of another format or version, or a field is missing or unknown. All problems are named.
+        """
+        if document.get("format") != FORMAT or document.get("version") != VERSION:
+            message = (
+                f"{source}: expected format {FORMAT} version {VERSION}, found {document.get('format')!r} "
+                f"version {document.get('version')!r}"
+            )
+            raise FormatError(message)
+        fields = {key: value for key, value in document.items() if key not in {"format", "version"}}
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - set(known))
+        optional = {name for name, field in known.items() if field.default is not dataclasses.MISSING}
+        missing = sorted(set(known) - set(fields) - optional)
+        if unknown or missing:
+            message = f"{source}: missing fields {missing}, unknown fields {unknown}"
+            raise FormatError(message)
+        try:
+            trainer = dict(fields["trainer"])
+            trainer["arguments"] = tuple(trainer.get("arguments", ()))
+            optimizer = dict(fields["optimizer"])
+            optimizer["groups"] = tuple(optimizer["groups"])
+            fields["trainer"] = Trainer(**trainer)
+            fields["optimizer"] = OptimizerFacts(**optimizer)
+        except (KeyError, TypeError) as error:
+            message = f"{source}: trainer or optimizer is not understood ({error})"
+            raise FormatError(message) from error
+        fields["parameters"] = tuple(Parameter.from_dict(row) for row in fields["parameters"])
+        fields["changing_buffers"] = tuple(fields.get("changing_buffers", ()))
+        return cls(**fields)
+
+    def write(self, run: Path) -> None:
+        """Write the manifest into its run, durably, replacing an older one.
+
+        Parameters
+        ----------
+        run
+            The run's folder.
+        """
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        durable.write(run / MANIFEST_FILE, lambda stream: _write_text(stream, text))
+
+    @classmethod
+    def read(cls, run: Path) -> Manifest:
+        """Read the manifest of a run.
+
+        Parameters
+        ----------
+        run
+            The run's folder.
+
+        Returns
+        -------
+        Manifest
+            The manifest.
+
+        Raises
+        ------
+        UsageError
+            If there is no such folder, or it is no run.
+        FormatError
+            If the manifest is no JSON object.
+        """
+        run = Path(run)
+        file = run / MANIFEST_FILE
+        if not run.is_dir():
+            message = f"no such run folder: {run}"
+            raise UsageError(message)
+        if not file.is_file():
+            message = f"{run} is no run: it holds no {MANIFEST_FILE}. A run is the folder given to recorder.watch"
+            raise UsageError(message)
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            message = f"{file}: cannot be read as JSON ({error})"
+            raise FormatError(message) from error
+        if not isinstance(document, dict):
+            message = f"{file}: expected a JSON object, found {type(document).__name__}"
+            raise FormatError(message)
+        return cls.from_dict(document, str(file))
+
+
+def _write_text(stream: Any, text: str) -> None:
+    stream.write(text.encode("utf-8"))

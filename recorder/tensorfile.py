@@ -1,0 +1,233 @@
+"""Tensors in one safetensors file, written whole, with a checksum for every tensor.
+
+Segments of a run and shards of a replay are both such files. Any safetensors reader opens them. Facts that are no
+tensors travel as JSON text in the header's ``__metadata__`` (safetensors allows text only):
+
+    {"facts": "<JSON object>", "crc32": "<JSON object: tensor name -> CRC-32 of its bytes>"}
+
+The bytes are written here and not by ``safetensors.save_file``, which never syncs to disk, ignores the umask and
+leaves hidden full-size files behind when killed. Ground floor: torch is imported only by `TensorFile.tensor`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from recorder import durable
+from recorder.errors import DamagedFileError, FormatError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+    Array = npt.NDArray[Any] | torch.Tensor
+
+_DTYPE_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_HEADER_ALIGNMENT = 8
+
+
+def _name_of_dtype(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def content(array: Array) -> memoryview:
+    """Return the bytes of an array or a CPU tensor, in C order.
+
+    Parameters
+    ----------
+    array
+        A NumPy array, or a torch tensor of any dtype (bfloat16 too) in host memory.
+
+    Returns
+    -------
+    memoryview
+        Unsigned bytes; a view of the array's own memory where that is contiguous.
+    """
+    if isinstance(array, np.ndarray):
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    else:
+        import torch
+
+        flat = array.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def checksum(array: Array) -> int:
+    """Return the CRC-32 (zlib) of the bytes of an array or tensor.
+
+    Parameters
+    ----------
+    array
+        As for `content`.
+
+    Returns
+    -------
+    int
+        An unsigned 32-bit number.
+    """
+    return zlib.crc32(content(array))
+
+
+def write(path: Path, tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
+    """Write tensors and facts to `path`, durably and all at once.
+
+    Parameters
+    ----------
+    path
+        The final path.
+    tensors
+        Name to NumPy array or CPU torch tensor.
+    facts
+        A JSON object.
+
+    Raises
+    ------
+    FormatError
+        If a tensor's dtype has no safetensors code.
+    """
+    header: dict[str, Any] = {}
+    checksums: dict[str, int] = {}
+    bodies: list[memoryview] = []
+    offset = 0
+    for name, array in tensors.items():
+        dtype = _name_of_dtype(array)
+        if dtype not in _DTYPE_CODES:
+            message = f"{path}: tensor {name!r} has dtype {dtype}, which a safetensors file cannot hold"
+            raise FormatError(message)
+        body = content(array)
+        header[name] = {
+            "dtype": _DTYPE_CODES[dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + body.nbytes],
+        }
+        checksums[name] = zlib.crc32(body)
+        bodies.append(body)
+        offset += body.nbytes
+    header["__metadata__"] = {"facts": json.dumps(facts, sort_keys=True), "crc32": json.dumps(checksums)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+
+    def body_of_file(stream: BinaryIO) -> None:
+        stream.write(struct.pack("<Q", len(text)))
+        stream.write(text)
+        for body in bodies:
+            stream.write(body)
+
+    durable.write(path, body_of_file)
+
+
+class TensorFile:
+    """A file that `write` made, opened for reading tensor by tensor.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Attributes
+    ----------
+    facts : dict
+        The JSON object given to `write`.
+
+    Raises
+    ------
+    DamagedFileError
+        If the file is truncated, is no safetensors file, or lacks our header entries.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        metadata = {}
+        try:
+            handle = safe_open(self.path, framework="numpy")
+            metadata = handle.metadata() or {}
+            self._names = tuple(handle.keys())
+        except (SafetensorError, OSError) as error:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            message = (
+                f"{self.path}: not a whole safetensors file ({size} bytes on disk; {error}). "
+                "It was truncated or damaged after it was written; restore it from a copy, or leave its steps out."
+            )
+            raise DamagedFileError(message) from error
+        if "facts" not in metadata or "crc32" not in metadata:
+            message = f"{self.path}: a safetensors file, but not one that lossledger wrote (no facts in its header)"
+            raise DamagedFileError(message)
+        self.facts: dict[str, Any] = json.loads(metadata["facts"])
+        self._checksums: dict[str, int] = json.loads(metadata["crc32"])
+        self._handles: dict[str, Any] = {"numpy": handle}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors in the file."""
+        return self._names
+
+    def _read(self, name: str, framework: str) -> Any:
+        if name not in self._names:
+            message = f"{self.path}: holds no tensor named {name!r}"
+            raise DamagedFileError(message)
+        try:
+            if framework not in self._handles:
+                self._handles[framework] = safe_open(self.path, framework=framework)
+            array = self._handles[framework].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            message = f"{self.path}: tensor {name!r} cannot be read ({error})"
+            raise DamagedFileError(message) from error
+        found = checksum(array)
+        if found != self._checksums.get(name):
+            message = (
+                f"{self.path}: tensor {name!r} is damaged: expected CRC-32 {self._checksums.get(name)}, found {found}. "
+                "Restore the file from a copy, or leave its steps out."
+            )
+            raise DamagedFileError(message)
+        return array
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """Read one tensor as a NumPy array; a `DamagedFileError` tells if its bytes fail their checksum.
+
+        Parameters
+        ----------
+        name
+            One of `names`.
+
+        Returns
+        -------
+        numpy.ndarray
+            A fresh array in the stored dtype and shape.
+        """
+        array: npt.NDArray[Any] = self._read(name, "numpy")
+        return array
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor as a torch tensor in host memory; checked as by `array`.
+
+        Parameters
+        ----------
+        name
+            One of `names`.
+
+        Returns
+        -------
+        torch.Tensor
+            A fresh tensor in the stored dtype and shape.
+        """
+        tensor: torch.Tensor = self._read(name, "pt")
+        return tensor

@@ -1,0 +1,61 @@
+"""A cube in one line a loss data: whether the books balance, and how the entries came about."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from reduce import cube, schema
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float64]
+
+
+def lines(dataset: xr.Dataset) -> list[str]:
+    """Sum up every loss data of a cube in one line.
+
+    Parameters
+    ----------
+    dataset
+        The cube. It is read a block of steps at a time.
+
+    Returns
+    -------
+    list of str
+        For every loss data the number of replayed steps, the sums in nats of LCA and of the measured changes of the
+        loss over the finite steps, the worst residual in nats, and how many steps have which status.
+    """
+    length = dataset.sizes["step"]
+    blocks = [slice(first, first + cube.STEPS_AT_ONCE) for first in range(0, length, cube.STEPS_AT_ONCE)]
+    return [_line(dataset.isel(data=index), blocks) for index in range(dataset.sizes["data"])]
+
+
+def _line(entries: xr.Dataset, blocks: list[slice]) -> str:
+    status = entries["status"].values
+    residual = np.abs(entries["residual"].values)
+    change = (entries["loss_end"] - entries["loss_start"]).values
+    allocated = np.concatenate(
+        [_allocated(entries["lca"].isel(step=block), entries_in_cell) for block in blocks]
+    )
+    finite = np.isfinite(allocated) & np.isfinite(change) & (status != schema.MISSING)
+    worst = "no finite residual"
+    if np.isfinite(residual).any():
+        at = int(np.nanargmax(np.where(np.isfinite(residual), residual, np.nan)))
+        worst = f"worst |residual| {residual[at]:.2e} nat at step {entries['step'].values[at]}"
+    counts = ", ".join(
+        f"{(status == code).sum()} {name}" for code, name in enumerate(schema.STATUSES) if (status == code).any()
+    )
+    return (
+        f"{entries['data'].item()}: {(status != schema.MISSING).sum()} steps, "
+        f"Σ LCA {allocated[finite].sum():+.6g} nat, Σ ΔL {change[finite].sum():+.6g} nat, {worst}; {counts}"
+    )
+
+
+def _allocated(lca: xr.DataArray, entries_in_cell: npt.NDArray[np.int64]) -> Floats:
+    # Over the cells that exist only: a NaN in one of those means that the step is not finite, and must show.
+    totals: Floats = lca.values[:, entries_in_cell > 0].sum(axis=1)
+    return totals

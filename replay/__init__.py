@@ -1,0 +1,1 @@
+"""Recompute Loss Change Allocation from a recorded run; results go to shards."""

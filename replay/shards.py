@@ -1,0 +1,372 @@
+"""The shard format: what replay computed for a contiguous range of steps, one file a range.
+
+    RUN/shards/<settings-hash>/settings.json                       one loss data, rule and recipe; the parameter table
+    RUN/shards/<settings-hash>/00000000-00000008.safetensors       steps 0 to 7
+
+Described for readers in any language in docs/formats/shards.md. This module alone writes, reads and validates
+shards; it imports no torch. The settings decide the folder, so a rerun with other settings never mixes with
+these, and the same settings give the same bytes whatever the number of workers or interruptions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recorder import durable, tensorfile
+from recorder.errors import FormatError, UsageError
+from recorder.table import (
+    ATTENTION_COMPONENTS as ATTENTION_COMPONENTS,
+    COMPONENTS as COMPONENTS,
+    MODEL_LAYER as MODEL_LAYER,
+    Parameter as Parameter,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+FORMAT = "lossledger-shards"
+VERSION = 1
+FOLDER = "shards"
+SETTINGS_FILE = "settings.json"
+
+_SHARD_NAME = re.compile(r"(\d{8})-(\d{8})\.safetensors")
+
+
+class Status(enum.IntEnum):
+    """How an entry came about: one for every step and loss data."""
+
+    CONVERGED = 0
+    TOLERANCE_NOT_MET = 1
+    NOT_FINITE = 2
+
+
+PER_STEP = {
+    "step": np.int64,
+    "epoch": np.int64,
+    "lr": np.float64,
+    "predictions": np.int64,
+    "loss_start": np.float64,
+    "loss_end": np.float64,
+    "residual": np.float64,
+    "status": np.uint8,
+    "evaluations": np.int64,
+}
+"""Arrays of shape (steps,) in every shard, with their dtypes.
+
+``epoch``, ``lr`` and ``predictions`` are those of the recorded update; the losses and the residual are in nats on
+the shard's loss data; ``evaluations`` counts gradient evaluations.
+"""
+
+PER_UNIT = {"sum": np.float64, "positive_sum": np.float64, "positive_count": np.int64}
+"""Arrays of shape (steps, units) for every trained parameter, named ``<quantity>/<parameter name>``."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Everything that decides the content of a folder of shards.
+
+    Parameters
+    ----------
+    run_id
+        The run's identity, from its manifest.
+    path
+        ``recorded`` or ``chord``: along which path the loss change was allocated.
+    loss_data
+        Name of the loss data, such as ``batch`` or ``probe``.
+    loss_data_settings
+        What decides its examples, such as ``{"examples": 512, "seed": 0, "crc32": ...}``.
+    rule
+        Name of the quadrature rule.
+    rtol, atol
+        The tolerance of status `Status.CONVERGED`, relative to the measured change of the loss and in nats.
+    dropout
+        ``off`` or ``recorded``.
+    chunk
+        Steps to a shard.
+    recipe
+        Device, dtype, threads and library versions: what the bits of a result depend on.
+    """
+
+    run_id: str
+    path: str
+    loss_data: str
+    loss_data_settings: Mapping[str, Any]
+    rule: str
+    rtol: float
+    atol: float
+    dropout: str
+    chunk: int
+    recipe: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of the settings as canonical JSON."""
+        text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """The content of one shard.
+
+    Parameters
+    ----------
+    per_step
+        Name to array of shape (steps,); the names and dtypes of `PER_STEP`.
+    per_unit
+        Quantity to parameter name to array of shape (steps, units); the quantities and dtypes of `PER_UNIT`.
+    """
+
+    per_step: Mapping[str, npt.NDArray[Any]]
+    per_unit: Mapping[str, Mapping[str, npt.NDArray[Any]]]
+
+
+class ShardFolder:
+    """The shards of one run under one set of settings.
+
+    Parameters
+    ----------
+    path
+        ``RUN/shards/<settings-hash>``.
+    settings
+        What the shards were computed with.
+    parameters
+        The run's parameter table, untrained parameters included.
+    provenance
+        The run's manifest entries that a cube carries along: any JSON object.
+    """
+
+    def __init__(
+        self, path: Path, settings: Settings, parameters: Sequence[Parameter], provenance: Mapping[str, Any]
+    ) -> None:
+        self.path = Path(path)
+        self.settings = settings
+        self.parameters = tuple(parameters)
+        self.provenance = dict(provenance)
+
+    @property
+    def trained(self) -> tuple[Parameter, ...]:
+        """The parameters that are in the ledger."""
+        return tuple(parameter for parameter in self.parameters if parameter.trained)
+
+    @classmethod
+    def create(
+        cls, run: Path, settings: Settings, parameters: Sequence[Parameter], provenance: Mapping[str, Any]
+    ) -> ShardFolder:
+        """Make the folder for these settings, or take the one that exists.
+
+        Parameters
+        ----------
+        run
+            The run's folder.
+        settings, parameters, provenance
+            As for the class.
+
+        Returns
+        -------
+        ShardFolder
+            The folder, swept of what a killed writer left.
+        """
+        folder = cls(Path(run) / FOLDER / settings.hash, settings, parameters, provenance)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        durable.sweep(folder.path)
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": dataclasses.asdict(settings),
+            "parameters": [parameter.to_dict() for parameter in parameters],
+            "provenance": dict(provenance),
+        }
+        text = json.dumps(document, indent=1, sort_keys=True) + "\n"
+        durable.write(folder.path / SETTINGS_FILE, lambda stream: _write_text(stream, text))
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> ShardFolder:
+        """Open an existing folder of shards.
+
+        Parameters
+        ----------
+        path
+            ``RUN/shards/<settings-hash>``.
+
+        Returns
+        -------
+        ShardFolder
+            The folder.
+
+        Raises
+        ------
+        FormatError
+            If its settings file is missing, of another version, or not understood.
+        """
+        file = Path(path) / SETTINGS_FILE
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            message = f"{file}: cannot be read as the settings of a folder of shards ({error})"
+            raise FormatError(message) from error
+        if document.get("format") != FORMAT or document.get("version") != VERSION:
+            message = (
+                f"{file}: expected format {FORMAT} version {VERSION}, found {document.get('format')!r} "
+                f"version {document.get('version')!r}. Run python -m replay again with this lossledger."
+            )
+            raise FormatError(message)
+        try:
+            settings = Settings(**document["settings"])
+            parameters = [Parameter.from_dict(row) for row in document["parameters"]]
+            provenance = document["provenance"]
+        except (KeyError, TypeError) as error:
+            message = f"{file}: a field of the settings is missing or unknown ({error})"
+            raise FormatError(message) from error
+        return cls(path, settings, parameters, provenance)
+
+    def file(self, start: int, stop: int) -> Path:
+        """Return the path of the shard of steps `start` to `stop` - 1.
+
+        Parameters
+        ----------
+        start, stop
+            The range of steps.
+
+        Returns
+        -------
+        Path
+            The shard's path, whether or not it exists.
+        """
+        return self.path / f"{start:08d}-{stop:08d}.safetensors"
+
+    def finished(self) -> list[tuple[int, int]]:
+        """List the ranges of steps whose shard is there, in order.
+
+        A shard is visible only when it is whole and on disk, so being there is being finished.
+
+        Returns
+        -------
+        list of (int, int)
+            Start and stop of each shard.
+
+        Raises
+        ------
+        FormatError
+            If two shards overlap.
+        """
+        matches = [_SHARD_NAME.fullmatch(entry.name) for entry in self.path.iterdir()]
+        ranges = sorted((int(match[1]), int(match[2])) for match in matches if match)
+        for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False):
+            if start < stop:
+                message = f"{self.path}: two shards both hold step {start}; remove one of them"
+                raise FormatError(message)
+        return ranges
+
+    def write(self, start: int, stop: int, shard: Shard) -> Path:
+        """Write the shard of steps `start` to `stop` - 1, durably and all at once.
+
+        Parameters
+        ----------
+        start, stop
+            The range of steps.
+        shard
+            Its content; checked against the formats `PER_STEP` and `PER_UNIT`.
+
+        Returns
+        -------
+        Path
+            The shard's file.
+        """
+        steps = stop - start
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for name, dtype in PER_STEP.items():
+            tensors[name] = _checked(name, shard.per_step[name], (steps,), dtype)
+        for quantity, dtype in PER_UNIT.items():
+            for parameter in self.trained:
+                key = f"{quantity}/{parameter.name}"
+                array = shard.per_unit[quantity][parameter.name]
+                tensors[key] = _checked(key, array, (steps, parameter.units), dtype)
+        path = self.file(start, stop)
+        facts = {"format": FORMAT, "version": VERSION, "settings": self.settings.hash, "start": start, "stop": stop}
+        tensorfile.write(path, tensors, facts)
+        return path
+
+    def read(self, start: int, stop: int) -> Shard:
+        """Read the shard of steps `start` to `stop` - 1, every checksum verified.
+
+        Parameters
+        ----------
+        start, stop
+            One of the ranges of `finished`.
+
+        Returns
+        -------
+        Shard
+            Its content.
+
+        Raises
+        ------
+        FormatError
+            If the file was moved here from other settings.
+        """
+        path = self.file(start, stop)
+        file = tensorfile.TensorFile(path)
+        if file.facts.get("settings") != self.settings.hash:
+            message = f"{path}: expected a shard of settings {self.settings.hash}, found {file.facts.get('settings')!r}"
+            raise FormatError(message)
+        return Shard(
+            per_step={name: file.array(name) for name in PER_STEP},
+            per_unit={
+                quantity: {parameter.name: file.array(f"{quantity}/{parameter.name}") for parameter in self.trained}
+                for quantity in PER_UNIT
+            },
+        )
+
+
+def folders(run: Path) -> list[ShardFolder]:
+    """Open every folder of shards of a run.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+
+    Returns
+    -------
+    list of ShardFolder
+        Ordered by loss data, then by hash; empty folders of shards are left out.
+
+    Raises
+    ------
+    UsageError
+        If there is no such run, or it was not replayed yet.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        message = f"no such run folder: {run}"
+        raise UsageError(message)
+    parent = run / FOLDER
+    found: Iterable[Path] = parent.iterdir() if parent.is_dir() else ()
+    opened = [ShardFolder.open(path) for path in found if (path / SETTINGS_FILE).exists()]
+    replayed = [folder for folder in opened if folder.finished()]
+    if not replayed:
+        message = f"{run}: holds no shards; run first: python -m replay --run {run}"
+        raise UsageError(message)
+    return sorted(replayed, key=lambda folder: (folder.settings.loss_data, folder.settings.hash))
+
+
+def _write_text(stream: Any, text: str) -> None:
+    stream.write(text.encode("utf-8"))
+
+
+def _checked(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:
+    if array.shape != shape or array.dtype != dtype:
+        message = f"{name}: expected {np.dtype(dtype)} of shape {shape}, got {array.dtype} of shape {array.shape}"
+        raise ValueError(message)
+    return array

@@ -1,0 +1,93 @@
+"""The sentences under figures and tables: on which examples the loss was measured, along which path, how well.
+
+Both decide what a number means, so no figure and no table goes without them.
+"""
+
+from __future__ import annotations
+
+from viz.select import COUNTED, Totals
+
+MEANINGS = {
+    "batch": "measured on each update's own batch; its sum over steps overstates the fall of the loss",
+    "probe": "measured on a fixed probe set, the same for every step",
+    "valid": "measured on a fixed set of validation examples, the same for every step",
+}
+PATHS = {
+    "recorded": "path recorded",
+    "chord": "path chord (straight between checkpoints)",
+}
+SIGN = "Negative: this part lowered the loss."
+
+
+def meaning(data: str) -> str:
+    """Say what a loss data is.
+
+    Parameters
+    ----------
+    data
+        Its name.
+
+    Returns
+    -------
+    str
+        A clause that follows the words "the loss".
+    """
+    return MEANINGS.get(data, f"measured on the examples that the user named {data}")
+
+
+def path(totals: Totals) -> str:
+    """Say along which path the loss change was split.
+
+    Parameters
+    ----------
+    totals
+        Of the run.
+
+    Returns
+    -------
+    str
+        A clause.
+    """
+    return PATHS.get(totals.path, f"path {totals.path}")
+
+
+def steps(totals: Totals) -> str:
+    """Say how many steps there are and, if not all converged, what became of them.
+
+    Parameters
+    ----------
+    totals
+        Of the run.
+
+    Returns
+    -------
+    str
+        Such as ``200 steps, all converged`` or ``200 steps: 197 converged, 3 tolerance not met``.
+    """
+    number = f"{totals.steps:,} step" + ("" if totals.steps == 1 else "s")
+    if totals.statuses["converged"] == totals.steps:
+        return f"{number}, all converged"
+    parts = [
+        f"{count:,} {name.replace('_', ' ')}" + ("" if name in COUNTED else " (left out)")
+        for name, count in totals.statuses.items()
+        if count
+    ]
+    return f"{number}: {', '.join(parts)}"
+
+
+def nats(amount: float, units: str = "nat") -> str:
+    """Write an amount for reading.
+
+    Parameters
+    ----------
+    amount
+        In `units`.
+    units
+        As the cube names them.
+
+    Returns
+    -------
+    str
+        Four significant digits, with a sign and a typographic minus.
+    """
+    return f"{amount:+.4g} {units}".replace("-", "\N{MINUS SIGN}")
