@@ -22,7 +22,9 @@ import torch
 
 from recorder import batches, tensorfile
 from recorder.errors import DamagedFileError, FormatError, UsageError
-from recorder.manifest import FORMAT, VERSION, Manifest
+from recorder.manifest import FORMAT as FORMAT
+from recorder.manifest import VERSION as VERSION
+from recorder.manifest import Manifest
 
 SEGMENTS_FOLDER = "segments"
 UNTRAINED_FILE = "untrained.safetensors"
@@ -94,6 +96,9 @@ class Step:
         One for each parameter group, as used in this step.
     micro_batches
         In the order of their forward passes.
+    gradient_norm
+        Norm of the gradient that the optimizer used, over all parameters; recorded for the first steps only, where
+        replay does an update again.
     """
 
     step: int
@@ -101,6 +106,7 @@ class Step:
     seed: int
     learning_rates: tuple[float, ...]
     micro_batches: tuple[MicroBatch, ...]
+    gradient_norm: float | None = None
 
     @property
     def predictions(self) -> float:
@@ -172,6 +178,7 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
         "epoch": step.epoch,
         "seed": step.seed,
         "learning_rates": list(step.learning_rates),
+        "gradient_norm": _number_to_json(step.gradient_norm),
         "micro_batches": [
             {
                 "nest": micro_batch.nest,
@@ -251,6 +258,7 @@ class Segment:
             epoch=row["epoch"],
             seed=row["seed"],
             learning_rates=tuple(row["learning_rates"]),
+            gradient_norm=_number_from_json(row["gradient_norm"]),
             micro_batches=tuple(
                 self._micro_batch(f"{t:08d}/{position}", entry) for position, entry in enumerate(row["micro_batches"])
             ),
@@ -312,6 +320,11 @@ class Run:
     def steps(self) -> list[int]:
         """Every recorded step, in order."""
         return [t for start, stop in self._ranges for t in range(start, stop)]
+
+    @property
+    def consecutive(self) -> list[tuple[int, int]]:
+        """Start and stop of every range of consecutive recorded steps: the segments, neighbours joined."""
+        return joined_ranges(self._ranges)
 
     def _segment(self, t: int, *, end: bool = False) -> Segment:
         # θ_t stands in the segment that t begins or lies in, and also, as its end, in the one before.
@@ -423,6 +436,33 @@ def write_optimizer_state(run: Path, state: Mapping[int, Mapping[str, Any]]) -> 
     tensorfile.write(run / OPTIMIZER_FILE, tensors, {"format": FORMAT, "version": VERSION, "scalars": scalars})
 
 
+def joined_ranges(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join the neighbours of a list of half-open ranges.
+
+    Parameters
+    ----------
+    ranges
+        Start and stop of each range, in order.
+
+    Returns
+    -------
+    list of (int, int)
+        Start and stop of each joined range.
+
+    Examples
+    --------
+    >>> joined_ranges([(0, 16), (16, 64), (80, 96)])
+    [(0, 64), (80, 96)]
+    """
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
 def describe_ranges(ranges: Sequence[tuple[int, int]]) -> str:
     """Say in words which steps a list of half-open ranges covers, neighbours joined.
 
@@ -443,10 +483,5 @@ def describe_ranges(ranges: Sequence[tuple[int, int]]) -> str:
     >>> describe_ranges([])
     'no steps'
     """
-    joined: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
+    joined = joined_ranges(ranges)
     return "steps " + ", ".join(f"{start}-{stop - 1}" for start, stop in joined) if joined else "no steps"

@@ -37,13 +37,17 @@ SEGMENT_STEPS = 16
 """Steps to a segment: its start is stored twice, so 16 costs 6 % more than every step once."""
 
 
+GRADIENT_NORMS = 3
+"""First steps whose gradient norm is recorded: those that replay's self-check does again."""
+
+
 class RecorderWarning(UserWarning):
     """The recorder could not do its work; the training goes on."""
 
 
 def _harmless(method: Callable[Concatenate[Recording, P], None]) -> Callable[Concatenate[Recording, P], None]:
     @wraps(method)
-    def guarded(self: Recording, *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: Recording, /, *args: P.args, **kwargs: P.kwargs) -> None:
         if self._state != "recording":
             return
         try:
@@ -100,6 +104,8 @@ class Recording:
         self._steps: list[runformat.Step] = []
         self._thetas: list[dict[str, torch.Tensor]] = []
         self._learning_rates: tuple[float, ...] = ()
+        self._gradient_norm: float | None = None
+        self._gradient_norms_left = GRADIENT_NORMS
         self._buffers: dict[str, torch.Tensor] = {}
         self._changing_buffers: set[str] = set()
         self._hooks = [
@@ -216,6 +222,11 @@ class Recording:
         if self._manifest is None:
             self._begin()
         self._find_first_gradients()
+        self._gradient_norm = None
+        if self._gradient_norms_left:
+            self._gradient_norms_left -= 1
+            gradients = [tensor.grad for tensor in self._tensors.values() if tensor.grad is not None]
+            self._gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
 
     def _begin(self) -> None:
         updated = {id(tensor) for group in self._optimizer.param_groups for tensor in group["params"]}
@@ -223,7 +234,7 @@ class Recording:
         if unknown:
             message = (
                 f"the optimizer updates {unknown} tensors that are no parameters of the model given to watch "
-                "(a float32 copy kept for 16-bit training, or another model's); recording such training is not supported"
+                "(a float32 copy kept for 16-bit training, or another model's); such training is not recorded yet"
             )
             raise UsageError(message)
         self._table = tuple(
@@ -302,6 +313,7 @@ class Recording:
                 seed=torch.initial_seed(),
                 learning_rates=self._learning_rates,
                 micro_batches=tuple(self._pending),
+                gradient_norm=self._gradient_norm,
             )
         )
         self._pending = []

@@ -63,7 +63,7 @@ def content(array: Array) -> memoryview:
         Unsigned bytes; a view of the array's own memory where that is contiguous.
     """
     if isinstance(array, np.ndarray):
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        flat: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     else:
         import torch
 
@@ -156,9 +156,9 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        metadata = {}
+        metadata: dict[str, str] = {}
         try:
-            handle = safe_open(self.path, framework="numpy")
+            handle: Any = safe_open(self.path, framework="numpy")
             metadata = handle.metadata() or {}
             self._names = tuple(handle.keys())
         except (SafetensorError, OSError) as error:

@@ -85,7 +85,7 @@ def check_destination(path: Path, *, overwrite: bool) -> None:
 def write(path: Path, blocks: Iterable[xr.Dataset], *, steps: int) -> None:
     """Write a cube block by block; it appears at `path` only when it is whole, checked and on disk.
 
-    One block is in memory at a time, and one thread, the caller's, writes: the HDF5 library bears no more.
+    One block is in memory at a time, and one thread, the caller's, writes: the HDF5 library is safe with no more.
 
     Parameters
     ----------

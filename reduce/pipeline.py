@@ -1,8 +1,8 @@
 """From shards to a cube: one lazy task a shard, their steps laid one behind the other, a block at a time.
 
 The only file of this package that names dask. A block is `cube.STEPS_AT_ONCE` steps of all loss data; its shards are
-read and reduced by a few threads, then it is written by this one, then the next block begins. So memory does not
-grow with the number of steps.
+read and reduced one by one, it is written, and only then the next block begins. So memory does not grow with the
+number of steps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
-from dask.system import CPU_COUNT
 
 from recorder.errors import FormatError
 from reduce import cube, schema, sources
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
     Arrays = dict[str, npt.NDArray[Any]]
-
-_READERS = 4
-"""Threads that read shards, at most: each holds one shard in memory."""
 
 _OF_THE_UPDATE = ("epoch", "lr", "predictions")
 _OF_THE_ENTRY = ("loss_start", "loss_end", "residual", "status", "evaluations")
@@ -98,7 +94,9 @@ def write(plan: Plan, path: Path, *, command: str, advance: Callable[[int], None
 
     def made() -> Iterator[xr.Dataset]:
         for block in blocks(plan):
-            arrays: Arrays = block.compute(scheduler="threads", num_workers=min(_READERS, CPU_COUNT))
+            # Threads were measured to be slower: nearly all the time goes into copying and checking the shards'
+            # bytes, which holds the interpreter's lock.
+            arrays: Arrays = block.compute(scheduler="synchronous")
             yield cube.make({**axes, **arrays}, attributes)
             advance(len(arrays["step"]))
 

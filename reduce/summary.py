@@ -38,9 +38,8 @@ def _line(entries: xr.Dataset, blocks: list[slice]) -> str:
     status = entries["status"].values
     residual = np.abs(entries["residual"].values)
     change = (entries["loss_end"] - entries["loss_start"]).values
-    allocated = np.concatenate(
-        [_allocated(entries["lca"].isel(step=block), entries_in_cell) for block in blocks]
-    )
+    cells: npt.NDArray[np.bool_] = entries["n_parameters"].values > 0
+    allocated = np.concatenate([_allocated(entries["lca"].isel(step=block), cells) for block in blocks])
     finite = np.isfinite(allocated) & np.isfinite(change) & (status != schema.MISSING)
     worst = "no finite residual"
     if np.isfinite(residual).any():
@@ -55,7 +54,7 @@ def _line(entries: xr.Dataset, blocks: list[slice]) -> str:
     )
 
 
-def _allocated(lca: xr.DataArray, entries_in_cell: npt.NDArray[np.int64]) -> Floats:
+def _allocated(lca: xr.DataArray, cells: npt.NDArray[np.bool_]) -> Floats:
     # Over the cells that exist only: a NaN in one of those means that the step is not finite, and must show.
-    totals: Floats = lca.values[:, entries_in_cell > 0].sum(axis=1)
+    totals: Floats = lca.values[:, cells].sum(axis=1)
     return totals

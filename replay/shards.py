@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +26,14 @@ from recorder import durable, tensorfile
 from recorder.errors import FormatError, UsageError
 from recorder.table import (
     ATTENTION_COMPONENTS as ATTENTION_COMPONENTS,
+)
+from recorder.table import (
     COMPONENTS as COMPONENTS,
+)
+from recorder.table import (
     MODEL_LAYER as MODEL_LAYER,
+)
+from recorder.table import (
     Parameter as Parameter,
 )
 
@@ -262,7 +269,7 @@ class ShardFolder:
         """
         matches = [_SHARD_NAME.fullmatch(entry.name) for entry in self.path.iterdir()]
         ranges = sorted((int(match[1]), int(match[2])) for match in matches if match)
-        for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False):
+        for (_, stop), (start, _) in itertools.pairwise(ranges):
             if start < stop:
                 message = f"{self.path}: two shards both hold step {start}; remove one of them"
                 raise FormatError(message)

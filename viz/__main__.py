@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,9 @@ def _command(arguments: argparse.Namespace) -> int:
 
 
 def _draw(cubes: Mapping[str, xr.Dataset], out: Path, kinds: Sequence[str]) -> None:
-    drawn = {f"figure1-{data}": figures.plot_figure1(cubes, data=data) for data in select.loss_data(cubes)}
+    # A user names loss data; what cannot stand in a file's name becomes "_".
+    files = {data: re.sub(r"[^\w.-]", "_", data) for data in select.loss_data(cubes)}
+    drawn = {f"figure1-{file}": figures.plot_figure1(cubes, data=data) for data, file in files.items()}
     drawn["balance"] = figures.plot_balance(cubes)
     totals = table.totals_table(cubes)
     try:

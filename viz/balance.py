@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import CARETUPBASE
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from viz import select, style, wording
 
 LEFT = 0.62
+RIGHT = 0.12  # half of the last tick label
+Y_LABEL = 0.36  # its lower edge, from the axis
 APART = 0.68
-TOP = 0.42  # title and legend
+TOP = 0.56  # title and legend
 ABOVE = 1.0
-BETWEEN = 0.07
+BETWEEN = 0.13
 BENEATH = 0.75
 FOOT = 0.46
+ACROSS = 3  # loss data side by side; further ones go on in the next row
 MANY = 5000  # dots: beyond this many a vector file is slow to open, so they become an image inside it
 
-MEASURED = {"color": style.GREY, "linewidth": 0.8}
-ALLOCATED = {"color": style.BLUE, "marker": "o", "linestyle": "none"}
-BEYOND = {"color": style.VERMILION, "marker": "X", "markersize": 4.5, "linestyle": "none"}
-ZERO = {"color": style.BLUE, "marker": "v", "markersize": 3.5, "linestyle": "none"}
-NOT_FINITE = {"color": style.BLACK, "marker": "x", "markersize": 4, "markeredgewidth": 0.9, "linestyle": "none"}
-TOLERANCE = {"color": style.ORANGE, "linewidth": 1.0}
+MEASURED: dict[str, Any] = {"color": style.GREY, "linewidth": 0.8}
+ALLOCATED: dict[str, Any] = {"color": style.BLUE, "marker": "o", "linestyle": "none"}
+BEYOND: dict[str, Any] = {"color": style.VERMILION, "marker": "X", "markersize": 4.5, "linestyle": "none"}
+ZERO: dict[str, Any] = {"color": style.BLUE, "marker": CARETUPBASE, "markersize": 4.5, "linestyle": "none"}
+NOT_FINITE: dict[str, Any] = {
+    "color": style.BLACK,
+    "marker": "x",
+    "markersize": 4,
+    "markeredgewidth": 0.9,
+    "linestyle": "none",
+}
+TOLERANCE: dict[str, Any] = {"color": style.ORANGE, "linewidth": 1.0}
 
-CAPTION = (
-    "Above: LCA summed over all parameters (dots) must follow the measured change of the loss, ΔL (line). Beneath: "
-    "|residual| = |Σ LCA − ΔL| against the tolerance. A residual of exactly 0, as where the learning rate is 0 and "
-    "nothing moves, stands on the lower edge of its logarithmic axis."
-)
+TITLE = "Do the books balance? Σ LCA against the measured change of the loss"
 
 
 def plot_balance(cubes: Mapping[str, xr.Dataset]) -> Figure:
@@ -51,36 +58,47 @@ def plot_balance(cubes: Mapping[str, xr.Dataset]) -> Figure:
         beyond the tolerance are red crosses. A residual of exactly 0 stands on the lower edge of its log axis.
     """
     names = select.loss_data(cubes)
-    width = (style.PAGE_WIDTH - LEFT - style.MARGIN - (len(names) - 1) * APART) / max(1, len(names))
+    columns = min(ACROSS, max(1, len(names)))
+    width = (style.PAGE_WIDTH - LEFT - RIGHT - (columns - 1) * APART) / columns
     books = {
         (label, data): select.balance(cube, data)
+        for label, cube in cubes.items()
         for data in names
-        for label, cube in select.cubes_with(cubes, data).items()
+        if data in cube["data"].to_numpy()
     }
-    heads = {
-        (label, data): style.wrapped(_head(cubes[label], data, book), width + 0.3)
-        for (label, data), book in books.items()
-    }
-    head = style.LINE * (1 + max(map(len, heads.values()), default=0)) + 0.06
-    row = head + ABOVE + BETWEEN + BENEATH + FOOT
-    caption = style.wrapped(CAPTION, style.PAGE_WIDTH - 2 * style.MARGIN)
-    height = TOP + row * len(cubes) + style.LINE * len(caption) + style.MARGIN
+    heads = {key: style.wrapped(_head(cubes[key[0]], key[1], book), width) for key, book in books.items()}
+    rows = [
+        [(label, data) for data in names[start : start + ACROSS]]
+        for label in cubes
+        for start in range(0, len(names), ACROSS)
+    ]
+    head_heights = [style.LINE * (1 + max((len(heads.get(key, ())) for key in row), default=0)) + 0.08 for row in rows]
+    caption = style.wrapped(_caption(list(books.values())), style.PAGE_WIDTH - 2 * style.MARGIN)
+    below_head = ABOVE + BETWEEN + BENEATH + FOOT
+    height = TOP + sum(head_heights) + below_head * len(rows) + style.LINE * len(caption) + style.MARGIN
     with style.styled():
         figure = style.blank(height)
-        style.write(figure, style.MARGIN, 0.05, "Do the books balance?", fontsize=style.LARGE, weight="bold")
-        _legend(figure, list(books.values()))
-        for (label, data), book in books.items():
-            left = LEFT + names.index(data) * (width + APART)
-            top = TOP + list(cubes).index(label) * row
-            style.write(figure, left, top, f"{label}, {data}", weight="bold", fontsize=7)
-            style.write(figure, left, top + style.LINE, "\n".join(heads[label, data]), color=style.GREY)
-            above = style.place(figure, (left, top + head, width, ABOVE))
-            _changes(above, book)
-            beneath = style.place(figure, (left, top + head + ABOVE + BETWEEN, width, BENEATH), sharex=above)
-            _residuals(beneath, book)
-            beneath.set_xlabel(style.axis_label(book["step"].attrs, width=60))
-        style.write(figure, style.MARGIN, height - style.MARGIN - style.LINE * len(caption), "\n".join(caption))
+        style.head(figure, TITLE, _legend(list(books.values())))
+        top = TOP
+        for row, head_height in zip(rows, head_heights, strict=True):
+            for column, key in enumerate(row):
+                if key in books:
+                    left = LEFT + column * (width + APART)
+                    title = f"{style.shortened(key[0], width - 0.1 * len(key[1]))}, {key[1]}"
+                    style.write(figure, left, top, title, weight="bold", fontsize=7)
+                    style.write(figure, left, top + style.LINE, "\n".join(heads[key]), color=style.GREY)
+                    _books(figure, left, top + head_height, width, books[key])
+            top += head_height + below_head
+        style.foot(figure, caption)
     return figure
+
+
+def _books(figure: Figure, left: float, top: float, width: float, book: xr.Dataset) -> None:
+    above = style.place(figure, (left, top, width, ABOVE))
+    _changes(above, book)
+    beneath = style.place(figure, (left, top + ABOVE + BETWEEN, width, BENEATH), sharex=above)
+    _residuals(beneath, book)
+    beneath.set_xlabel(style.axis_label(book["step"].attrs, width=60))
 
 
 def _head(cube: xr.Dataset, data: str, book: xr.Dataset) -> str:
@@ -88,30 +106,45 @@ def _head(cube: xr.Dataset, data: str, book: xr.Dataset) -> str:
     units = totals.units
     return (
         f"{wording.steps(totals)}; {wording.path(totals)}; tolerance "
-        f"max({book.attrs['rtol']:g}·|ΔL|, {book.attrs['atol']:g} {units}), beyond it: {int(book['beyond'].sum()):,}"
+        f"max({wording.power(book.attrs['rtol'])}·|ΔL|, {wording.power(book.attrs['atol'])} {units}), "
+        f"beyond it: {int(book['beyond'].sum()):,}"
     )
 
 
-def _legend(figure: Figure, books: Sequence[xr.Dataset]) -> None:
+def _caption(books: Sequence[xr.Dataset]) -> str:
+    sentences = [
+        "Above: LCA summed over all parameters (dots) must follow ΔL, the measured change of the loss (line).",
+        "Beneath: |residual| = |Σ LCA \N{MINUS SIGN} ΔL| against the tolerance.",
+    ]
+    if _any(books, "residual", 0):
+        sentences.append(
+            "A residual of exactly 0, as where the learning rate is 0 and nothing moves, has no logarithm and stands "
+            "on the lower edge."
+        )
+    if _any(books, "status", "not_finite"):
+        sentences.append("A step whose loss or gradient was not finite is marked on the upper edge.")
+    if _any(books, "status", "missing"):
+        sentences.append("Steps that were not replayed leave a gap.")
+    return " ".join(sentences)
+
+
+def _any(books: Sequence[xr.Dataset], name: str, value: object) -> bool:
+    return any(value in book[name].to_numpy() for book in books)
+
+
+def _legend(books: Sequence[xr.Dataset]) -> list[Line2D]:
     handles = [
         Line2D([], [], **MEASURED, label="measured ΔL"),
         Line2D([], [], **ALLOCATED, label="Σ LCA, |residual|"),
         Line2D([], [], **TOLERANCE, label="tolerance"),
     ]
-    if any(bool(book["beyond"].any()) for book in books):
+    if _any(books, "beyond", True):
         handles.append(Line2D([], [], **BEYOND, label="beyond tolerance"))
-    if any(bool((book["residual"] == 0).any()) for book in books):
+    if _any(books, "residual", 0):
         handles.append(Line2D([], [], **ZERO, label="residual exactly 0"))
-    if any(bool((book["status"] == "not_finite").any()) for book in books):
+    if _any(books, "status", "not_finite"):
         handles.append(Line2D([], [], **NOT_FINITE, label="not finite"))
-    figure.legend(
-        handles=handles,
-        loc="upper right",
-        bbox_to_anchor=(1 - style.MARGIN / style.PAGE_WIDTH, 1 - 0.05 / figure.get_size_inches()[1]),
-        ncols=len(handles),
-        borderpad=0,
-        borderaxespad=0,
-    )
+    return handles
 
 
 def _changes(axes: Axes, book: xr.Dataset) -> None:
@@ -126,7 +159,7 @@ def _changes(axes: Axes, book: xr.Dataset) -> None:
     shown = np.concatenate([allocated, book["measured"].to_numpy()])
     exponent = style.scaled_ticks(axes, float(np.nanmax(np.abs(shown), initial=0.0)))
     units = book["measured"].attrs["units"]
-    axes.set_ylabel(style.axis_label({"long_name": "change of the loss", "units": units}, exponent=exponent))
+    _label(axes, style.axis_label({"long_name": "change of the loss", "units": units}, exponent=exponent, width=18))
     axes.tick_params(axis="x", labelbottom=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     span = max(1, int(step[-1] - step[0])) if len(step) else 1
@@ -154,7 +187,14 @@ def _residuals(axes: Axes, book: xr.Dataset) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", which="minor", left=False)
     units = book["residual"].attrs["units"]
-    axes.set_ylabel(style.axis_label({"long_name": "|residual|", "units": units}))
+    _label(axes, style.axis_label({"long_name": "|residual|", "units": units}, width=14))
+
+
+def _label(axes: Axes, label: str) -> None:
+    # The two labels of a pair stand on one line, whatever the width of the tick labels.
+    axes.set_ylabel(label, va="bottom")
+    inches = axes.get_position().width * style.PAGE_WIDTH
+    axes.yaxis.set_label_coords(-Y_LABEL / inches, 0.5)
 
 
 def _decades(amounts: np.typing.NDArray[np.float64]) -> tuple[float, float]:

@@ -18,15 +18,18 @@ COLOURS = {"encoder": style.BLUE, "decoder": style.ORANGE, "cross": style.GREEN}
 OTHER_COLOURS = (style.PURPLE, style.SKY_BLUE, style.VERMILION, style.GREY)
 LEGEND = {"cross": "decoder cross-attention"}
 
-LEFT = 0.62  # room for the y label and its tick labels
-GAP = 0.09
-APART = 0.66  # between attention and feed-forward: the second y axis stands here
-HEAD = 0.42  # title and legend
-ROW_HEAD = 0.36  # the run's name and the panels' titles
+LEFT = 0.71  # room for the y label and its tick labels
+Y_LABEL = 0.29  # its lower edge, from the axis
+GAP = 0.07
+APART = 0.7  # between attention and feed-forward: the second y axis stands here
+WIDER = 1.4  # an attention panel against one of feed-forward: it has cross-attention too
+HEAD = 0.54  # title and legend
+ROW_HEAD = 0.35  # the run's name and the panels' titles, without the lines of its account
 ROW = 1.2
-ROW_FOOT = 0.5  # group labels and x label
+ROW_FOOT = 0.48  # group labels and x label
 BAR_WIDTH = 0.82
-NO_ROOM_FOR_NAMES = 34  # characters of a run's label beside the account of its steps
+BETWEEN_GROUPS = 1.3
+GROUP_LABEL = 5.5
 
 
 def plot_figure1(cubes: Mapping[str, xr.Dataset], *, data: str) -> Figure:
@@ -53,28 +56,24 @@ def plot_figure1(cubes: Mapping[str, xr.Dataset], *, data: str) -> Figure:
     cells = {label: select.summed_over_steps(cube, data) for label, cube in rows.items()}
     arranged = {label: (bars(cell, ATTENTION), bars(cell, FEED_FORWARD)) for label, cell in cells.items()}
     colours = _colours([str(group) for pair in arranged.values() for half in pair for group in half["group"].values])
-    caption = style.wrapped(_caption(data), style.PAGE_WIDTH - 2 * style.MARGIN)
-    height = HEAD + len(rows) * (ROW_HEAD + ROW + ROW_FOOT) + style.LINE * len(caption) + style.MARGIN
+    usable = style.PAGE_WIDTH - 2 * style.MARGIN
+    accounts = {
+        label: style.wrapped(_account(select.totals(cube, data), arranged[label]), usable)
+        for label, cube in rows.items()
+    }
+    caption = style.wrapped(_caption(data), usable)
+    row_head = ROW_HEAD + style.LINE * max(map(len, accounts.values()))
+    row_height = row_head + ROW + ROW_FOOT
     with style.styled():
-        figure = style.blank(height)
-        style.write(
-            figure, style.MARGIN, 0.05, f"LCA summed over steps, loss data: {data}", fontsize=style.LARGE, weight="bold"
-        )
-        figure.legend(
-            handles=[Patch(color=colour, label=LEGEND.get(group, group)) for group, colour in colours.items()],
-            loc="upper right",
-            bbox_to_anchor=(1 - style.MARGIN / style.PAGE_WIDTH, 1 - 0.03 / height),
-            ncols=len(colours) or 1,
-            borderpad=0,
-            borderaxespad=0,
-        )
+        figure = style.blank(HEAD + len(rows) * row_height + style.LINE * len(caption) + style.MARGIN)
+        handles = [Patch(color=colour, label=LEGEND.get(group, group)) for group, colour in colours.items()]
+        style.head(figure, f"LCA summed over steps, loss data: {data}", handles)
         for number, (label, cube) in enumerate(rows.items()):
-            top = HEAD + number * (ROW_HEAD + ROW + ROW_FOOT)
-            attention, feed_forward = arranged[label]
-            account = _account(select.totals(cube, data), attention, feed_forward)
-            _head(figure, top, label, account)
-            _row(figure, top + ROW_HEAD, cube, (attention, feed_forward), colours)
-        style.write(figure, style.MARGIN, height - style.MARGIN - style.LINE * len(caption), "\n".join(caption))
+            top = HEAD + number * row_height
+            style.write(figure, style.MARGIN, top, style.shortened(label, usable), weight="bold", fontsize=7)
+            style.write(figure, style.MARGIN, top + style.LINE, "\n".join(accounts[label]), color=style.GREY)
+            _row(figure, top + row_head, cube, arranged[label], colours)
+        style.foot(figure, caption)
     return figure
 
 
@@ -86,11 +85,11 @@ def _caption(data: str) -> str:
     )
 
 
-def _account(totals: select.Totals, *halves: xr.DataArray) -> str:
+def _account(totals: select.Totals, halves: tuple[xr.DataArray, xr.DataArray]) -> str:
     shown = sum(float(half.sum()) for half in halves)
     return (
-        f"{wording.path(totals)}; {wording.steps(totals)}; bars: {wording.nats(shown, totals.units)} of "
-        f"{wording.nats(totals.total, totals.units)}"
+        f"{wording.path(totals)}; {wording.steps(totals)}; bars: {wording.number(shown)} of "
+        f"{wording.number(totals.total)} {totals.units} in all"
     )
 
 
@@ -100,12 +99,6 @@ def _colours(groups: Sequence[str]) -> dict[str, str]:
     return known | {group: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, group in enumerate(others)}
 
 
-def _head(figure: Figure, top: float, label: str, account: str) -> None:
-    short = label if len(label) <= NO_ROOM_FOR_NAMES else f"{label[: NO_ROOM_FOR_NAMES - 1]}…"
-    style.write(figure, style.MARGIN, top, short, weight="bold", fontsize=7.5)
-    style.write(figure, style.PAGE_WIDTH - style.MARGIN, top + 0.01, account, ha="right", color=style.GREY)
-
-
 def _row(
     figure: Figure,
     top: float,
@@ -113,10 +106,10 @@ def _row(
     halves: tuple[xr.DataArray, xr.DataArray],
     colours: Mapping[str, str],
 ) -> None:
-    panels = len(ATTENTION) + len(FEED_FORWARD)
-    width = (style.PAGE_WIDTH - LEFT - APART - style.MARGIN - (panels - 2) * GAP) / panels
+    gaps = (len(ATTENTION) + len(FEED_FORWARD) - 2) * GAP
+    narrow = (style.PAGE_WIDTH - LEFT - APART - style.MARGIN - gaps) / (WIDER * len(ATTENTION) + len(FEED_FORWARD))
     left = LEFT
-    for half, titles in zip(halves, (ATTENTION, FEED_FORWARD), strict=True):
+    for half, titles, width in zip(halves, (ATTENTION, FEED_FORWARD), (WIDER * narrow, narrow), strict=True):
         first: Axes | None = None
         for panel in titles:
             axes = style.place(figure, (left, top, width, ROW), sharey=first)
@@ -127,7 +120,8 @@ def _row(
                 first = axes
                 largest = float(np.nanmax(np.abs(half.values))) if half.size else 0.0
                 exponent = style.scaled_ticks(axes, largest)
-                axes.set_ylabel(style.axis_label(half.attrs, exponent=exponent))
+                axes.set_ylabel(style.axis_label(half.attrs, exponent=exponent), va="bottom")
+                axes.yaxis.set_label_coords(-Y_LABEL / width, 0.5)
             else:
                 axes.tick_params(axis="y", labelleft=False, length=0)
                 axes.spines["left"].set_visible(False)
@@ -142,8 +136,7 @@ def _panel(axes: Axes, half: xr.DataArray, panel: Panel, colours: Mapping[str, s
     heights = half.sel(panel=panel.title).to_numpy()
     groups = half["group"].to_numpy()
     names = list(dict.fromkeys(groups))
-    # A bar's place: its rank, and one place left free before every further group.
-    places = np.arange(len(groups)) + np.array([names.index(group) for group in groups], dtype=float)
+    places = np.arange(len(groups)) + BETWEEN_GROUPS * np.array([names.index(group) for group in groups])
     axes.set_xlim(-0.8, (places[-1] if len(places) else 0) + 0.8)
     ticks, labels = [], []
     for name in names:
@@ -153,7 +146,7 @@ def _panel(axes: Axes, half: xr.DataArray, panel: Panel, colours: Mapping[str, s
         ticks.append(float(places[inside].mean()))
         labels.append(_group_label(name, half["depth"].to_numpy()[inside]))
     axes.set_xticks(ticks, labels)
-    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="x", length=0, labelsize=GROUP_LABEL)
     if np.isnan(heights).all():
         axes.text(0.5, 0.5, "no parameters", transform=axes.transAxes, ha="center", va="center", color=style.GREY)
 

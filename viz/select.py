@@ -196,8 +196,8 @@ def balance(cube: xr.Dataset, data: str) -> xr.Dataset:
     xarray.Dataset
         Of dimension ``step``, in nats: ``allocated`` (Σ LCA over all cells), ``measured`` (ΔL = loss_end -
         loss_start), ``residual`` as the cube has it, ``tolerance`` = max(rtol·|ΔL|, atol), all NaN at steps that
-        do not count; ``beyond``: the status says ``tolerance_not_met`` or |residual| exceeds the tolerance;
-        ``status`` by name.
+        do not count; ``beyond``: the status says ``tolerance_not_met``, or |residual| or |allocated -
+        measured| exceeds the tolerance; ``status`` by name.
     """
     counted = _counted(cube, data)
     filled = (cube["n_parameters"].transpose("layer", "component") > 0).to_numpy()
@@ -212,6 +212,8 @@ def balance(cube: xr.Dataset, data: str) -> xr.Dataset:
     allowed = np.where(counted, np.maximum(rtol * np.abs(measured), atol), np.nan)
     status = statuses(cube, data)
     beyond = (status.to_numpy() == "tolerance_not_met") | (np.abs(residual) > allowed)
+    # The cube's own cells must add up too, and not only what replay saw before they were grouped.
+    beyond |= np.abs(allocated - measured) > allowed
     units = {name: cube[name].attrs["units"] for name in ("lca", "loss_end", "residual")}
     step = ("step",)
     return xr.Dataset(

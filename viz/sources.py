@@ -87,9 +87,7 @@ def _cube(path: Path) -> Path:
         return path
     cube = path / FILE_NAME
     if not cube.is_file():
-        message = (
-            f"--run: expected a cube in the run, found no {cube}; run first: python -m reduce --run {path}"
-        )
+        message = f"--run: expected a cube in the run, found no {cube}; run first: python -m reduce --run {path}"
         raise UsageError(message)
     return cube
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import matplotlib.style
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -22,6 +23,7 @@ PAGE_WIDTH = 7.2
 MARGIN = 0.06
 LINE = 0.125  # height of a line of the small print
 CHARACTERS_PER_INCH = 21.5  # of the small print, on average
+BOLD_CHARACTERS_PER_INCH = 15.5
 SMALL = 6.5
 LARGE = 8.5
 STYLE_FILE = Path(__file__).with_name("lossledger.mplstyle")
@@ -83,9 +85,7 @@ def place(figure: Figure, box: tuple[float, float, float, float], **keywords: An
     """
     width, height = figure.get_size_inches()
     left, top, across, down = box
-    return figure.add_axes(
-        (left / width, 1 - (top + down) / height, across / width, down / height), **keywords
-    )
+    return figure.add_axes((left / width, 1 - (top + down) / height, across / width, down / height), **keywords)
 
 
 def write(figure: Figure, left: float, top: float, text: str, **keywords: Any) -> None:
@@ -109,6 +109,44 @@ def write(figure: Figure, left: float, top: float, text: str, **keywords: Any) -
     figure.text(left / width, 1 - top / height, text, **settings)
 
 
+def head(figure: Figure, title: str, handles: Sequence[Artist]) -> None:
+    """Write a figure's title and, on a line beneath, its legend.
+
+    Parameters
+    ----------
+    figure
+        Where to.
+    title
+        What it shows.
+    handles
+        Labelled artists, in the order of the legend.
+    """
+    width, height = figure.get_size_inches()
+    write(figure, MARGIN, 0.05, title, fontsize=LARGE, weight="bold")
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(MARGIN / width, 1 - 0.26 / height),
+        ncols=max(1, len(handles)),
+        borderpad=0,
+        borderaxespad=0,
+    )
+
+
+def foot(figure: Figure, caption: Sequence[str]) -> None:
+    """Write the caption along the lower edge.
+
+    Parameters
+    ----------
+    figure
+        Where to.
+    caption
+        Its lines.
+    """
+    height = figure.get_size_inches()[1]
+    write(figure, MARGIN, height - MARGIN - LINE * len(caption), "\n".join(caption))
+
+
 def wrapped(text: str, width: float) -> list[str]:
     """Break small print into lines.
 
@@ -127,6 +165,27 @@ def wrapped(text: str, width: float) -> list[str]:
     return textwrap.wrap(text, max(16, int(width * CHARACTERS_PER_INCH)))
 
 
+def shortened(label: str, width: float) -> str:
+    """Cut a run's label where it would run into its neighbour; tables have it in full.
+
+    Parameters
+    ----------
+    label
+        The run's label.
+    width
+        Inches that it may take in bold print.
+
+    Returns
+    -------
+    str
+        At most as many characters as fit; an ellipsis stands for the middle, as runs often differ at the end.
+    """
+    room = max(8, int(width * BOLD_CHARACTERS_PER_INCH))
+    if len(label) <= room:
+        return label
+    return f"{label[: room // 2]}…{label[len(label) - (room - 1) // 2 :]}"
+
+
 def axis_label(attributes: Mapping[str, Any], *, exponent: int = 0, width: int = 24) -> str:
     """Label an axis by the attributes of what it shows.
 
@@ -142,13 +201,17 @@ def axis_label(attributes: Mapping[str, Any], *, exponent: int = 0, width: int =
     Returns
     -------
     str
-        Name, then units in brackets.
+        Name, then units in brackets; lines of `width` at most where words allow it.
     """
     units = str(attributes.get("units", "1"))
     power = f"$10^{{{exponent}}}$" if exponent else ""
     shown = " ".join(part for part in (power, "" if units == "1" else units) if part)
-    name = "\n".join(textwrap.wrap(str(attributes["long_name"]), width))
-    return f"{name} [{shown}]" if shown else name
+    lines = textwrap.wrap(str(attributes["long_name"]), width)
+    if not shown:
+        return "\n".join(lines)
+    # The mark-up of a power is longer than what it prints.
+    room = width - len(units) - (7 if exponent else 3)
+    return "\n".join(lines) + ("\n" if len(lines[-1]) > room else " ") + f"[{shown}]"
 
 
 def scaled_ticks(axes: Axes, largest: float, *, ticks: int = 5) -> int:

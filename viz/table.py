@@ -107,7 +107,7 @@ def totals_table(cubes: Mapping[str, xr.Dataset]) -> Table:
         Row(name="total", units=units, cells=tuple(totals.total for totals in every)),
         Row(name="measured ΔL", units=units, cells=tuple(totals.measured for totals in every)),
         Row(
-            name="total − measured ΔL",
+            name="total \N{MINUS SIGN} measured ΔL",
             units=units,
             cells=tuple(totals.total - totals.measured for totals in every),
             form="+.2e",
@@ -147,8 +147,8 @@ def to_csv(table: Table) -> str:
     Returns
     -------
     str
-        Comma-separated values: three header lines' worth in one, ``run, loss data`` for every column; numbers with
-        all their digits, an empty field where there is nothing.
+        Comma-separated values; the header names ``run, loss data`` for every column; numbers with all their digits,
+        an empty field where there is nothing.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -208,7 +208,7 @@ def show(table: Table, stream: TextIO) -> None:
     console.width = max(natural, console.width)
     console.print(drawn)
     for note in table.notes:
-        console.print(Text(note))
+        console.print(Text(note), soft_wrap=True)
 
 
 def _shown(row: Row) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from viz.select import COUNTED, Totals
 
 MEANINGS = {
-    "batch": "measured on each update's own batch; its sum over steps overstates the fall of the loss",
+    "batch": "measured on each update's own batch; summed over steps it overstates the fall of the training loss",
     "probe": "measured on a fixed probe set, the same for every step",
     "valid": "measured on a fixed set of validation examples, the same for every step",
 }
@@ -75,19 +75,38 @@ def steps(totals: Totals) -> str:
     return f"{number}: {', '.join(parts)}"
 
 
-def nats(amount: float, units: str = "nat") -> str:
+def number(amount: float) -> str:
     """Write an amount for reading.
 
     Parameters
     ----------
     amount
-        In `units`.
-    units
-        As the cube names them.
+        In any units.
 
     Returns
     -------
     str
         Four significant digits, with a sign and a typographic minus.
     """
-    return f"{amount:+.4g} {units}".replace("-", "\N{MINUS SIGN}")
+    return f"{amount:+.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def power(amount: float) -> str:
+    """Write a small setting for reading, without the zeros that Python pads exponents with.
+
+    Parameters
+    ----------
+    amount
+        Such as a tolerance.
+
+    Returns
+    -------
+    str
+        Such as ``0.01`` or ``1e-5``.
+
+    Examples
+    --------
+    >>> power(1e-5)
+    '1e-5'
+    """
+    return f"{amount:g}".replace("e-0", "e-")

@@ -15,7 +15,10 @@ from recorder.integrations.fairseq_import import fairseq
 from fairseq import options, utils  # isort: skip (the shim above must come first)
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # isort: skip
 
-__all__ = ["fairseq", "fairseq_config", "quietly", "user_directory"]
+__all__ = ["DICTIONARIES_FOLDER", "fairseq", "fairseq_config", "quietly", "user_directory"]
+
+DICTIONARIES_FOLDER = "trainer"
+"""The dictionaries stand here in the run, so that the model can be rebuilt without the data."""
 
 
 @contextmanager

@@ -13,9 +13,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+
+import numpy as np
 
 from recorder.errors import LossledgerError
 
@@ -79,4 +82,12 @@ def _import_fairseq() -> ModuleType:
     return module
 
 
+def _restore_numpy_names() -> None:
+    # fairseq still says np.compat.long (--sample-break-mode eos) and np.int (masks without overlap); numpy 2 does not.
+    for name, value in {"compat": types.SimpleNamespace(long=int), "int": int}.items():
+        if name not in vars(np):
+            setattr(np, name, value)
+
+
+_restore_numpy_names()
 fairseq = _import_fairseq()

@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from recorder.errors import UsageError
-from recorder.integrations.fairseq_config import fairseq, fairseq_config, quietly
+from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq, fairseq_config, quietly
 from recorder.manifest import Trainer
 from recorder.session import Batches, Recording, empty_folder, watch
 
 import fairseq_cli.train  # isort: skip (importable once the shim has run)
 from fairseq.trainer import Trainer as FairseqTrainer  # isort: skip
-
-DICTIONARIES_FOLDER = "trainer"
-"""The dictionaries stand here in the run, so that the model can be rebuilt without the data."""
 
 
 class _Session:

@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from recorder.errors import FormatError, UsageError
-from recorder.integrations.fairseq_config import fairseq_config, quietly
-from recorder.integrations.fairseq_train import DICTIONARIES_FOLDER
+from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq_config, quietly
 from recorder.manifest import Trainer
 from recorder.runformat import Step
 from recorder.workload import RepeatedUpdate
 
-from fairseq import tasks  # isort: skip (importable once the shim has run)
+from fairseq import tasks, utils  # isort: skip (importable once the shim has run)
 from fairseq.data import data_utils  # isort: skip
 from fairseq.trainer import Trainer as FairseqTrainer  # isort: skip
 
@@ -73,7 +72,7 @@ class FairseqWorkload:
             raise FormatError(message)
         for module in model.modules():
             if hasattr(module, "can_use_fastpath"):
-                module.can_use_fastpath = False
+                setattr(module, "can_use_fastpath", False)  # noqa: B010 (typed as a submodule)
         return model
 
     def _dataset(self, split: str) -> Any:
@@ -114,9 +113,15 @@ class FairseqWorkload:
         dataset = self._dataset(split)
         with data_utils.numpy_seed(self._config.common.seed):
             ordered = dataset.ordered_indices()
-        positions = self._task.max_positions()
+        positions = utils.resolve_max_positions(
+            self._task.max_positions(), self._max_positions_of_model(), self._config.dataset.max_tokens
+        )
         kept = self._task.filter_indices_by_size(ordered, dataset, positions, ignore_invalid_inputs=True)
         return [int(index) for index in kept]
+
+    def _max_positions_of_model(self) -> Any:
+        model: Any = self.model()
+        return model.max_positions()
 
     def batch(self, indices: Sequence[int], *, split: str, epoch: int) -> Any:
         """Collate examples, and put the rows in the order of `indices`.
@@ -162,7 +167,8 @@ class FairseqWorkload:
         sample_size : torch.Tensor or float
             What training divides the gradient by.
         """
-        loss_sum, sample_size, _ = self._criterion(model, batch)
+        with quietly():
+            loss_sum, sample_size, _ = self._criterion(model, batch)
         return loss_sum, sample_size
 
     def repeat_updates(
@@ -193,8 +199,8 @@ class FairseqWorkload:
             model, criterion = self.model(), self._task.build_criterion(self._config.criterion)
             named = dict(model.named_parameters())
             with torch.no_grad():
-                for name, tensor in theta.items():
-                    named[name].copy_(tensor)
+                for name, value in theta.items():
+                    named[name].copy_(value)
             trainer = FairseqTrainer(self._config, self._task, model, criterion)
             if optimizer_state is not None:
                 inner = trainer.optimizer.optimizer

@@ -1,0 +1,204 @@
+"""``python -m replay``: recompute LCA for every recorded step of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from recorder import commandline
+from recorder.errors import UsageError
+from recorder.runformat import Run, describe_ranges
+from replay import lossdata
+from replay.progress import with_progress
+from replay.quadrature import RULES
+from replay.selfcheck import check_update
+from replay.serial import run_serially
+from replay.summary import summarise
+from replay.work import Job, Receipt, Replayer, Task, plan
+
+PROGRAM = "python -m replay"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Recompute Loss Change Allocation for every recorded step of a run. A rerun continues where the "
+        "last one stopped.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="the recorded run")
+    parser.add_argument(
+        "--loss-data",
+        action="append",
+        metavar="NAME",
+        help=f"batch, probe:N or valid:N; may be given several times (default: {' and '.join(lossdata.DEFAULT)})",
+    )
+    parser.add_argument(
+        "--rule", default="simpson", choices=sorted(RULES), help="quadrature rule (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rtol", type=float, default=1e-2, help="the books balance if |residual| <= max(rtol*|change|, atol)"
+    )
+    parser.add_argument("--atol", type=float, default=1e-5, help="in nats (default %(default)s)")
+    parser.add_argument("--steps", metavar="START:STOP", help="only the shards that hold these steps")
+    parser.add_argument("--chunk", type=int, default=8, metavar="N", help="steps to a shard (default %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="worker processes; 1 works in this process (default: one a processor)"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's threads in each worker")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--workload", metavar="MODULE:FUNCTION", help="what rebuilds the training; or 'recorded'")
+    parser.add_argument("--data", metavar="FOLDER", help="where fairseq's binarised data is now, if it has moved")
+    parser.add_argument("--dry-run", action="store_true", help="check, say what would be done, and stop")
+    parser.add_argument("--overwrite", action="store_true", help="compute finished shards of these settings again")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
+    return parser
+
+
+def _job(options: argparse.Namespace) -> Job:
+    texts = tuple(options.loss_data or lossdata.DEFAULT)
+    requests = [lossdata.parse(text) for text in texts]
+    names = [request.name for request in requests]
+    if len(set(names)) < len(names):
+        message = f"--loss-data: {max(names, key=names.count)!r} is asked for twice; replay them one after the other"
+        raise UsageError(message)
+    for name in ("chunk", "threads", "workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            message = f"--{name} is at least 1, not {value}"
+            raise UsageError(message)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        message = "--device cuda: torch finds no CUDA device here; pass --device cpu"
+        raise UsageError(message)
+    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    return Job(
+        run=str(options.run),
+        loss_data=texts,
+        rule=options.rule,
+        rtol=options.rtol,
+        atol=options.atol,
+        chunk=options.chunk,
+        device="cuda" if on_gpu else "cpu",
+        threads=options.threads,
+        workload=options.workload,
+        data=None if options.data is None else str(Path(options.data).resolve()),
+    )
+
+
+def _wanted(text: str | None, tasks: Sequence[Task]) -> list[Task]:
+    if text is None:
+        return list(tasks)
+    start, separator, stop = text.partition(":")
+    if not separator or not all(part == "" or part.isdigit() for part in (start, stop)):
+        message = f"--steps expects START:STOP, got {text!r}"
+        raise UsageError(message)
+    first, last = int(start or 0), int(stop) if stop else None
+    return [task for task in tasks if task.stop > first and (last is None or task.start < last)]
+
+
+def _open(run: Path) -> Run:
+    opened = Run(run)
+    if not opened.steps:
+        message = f"{run} holds no recorded step yet (state: {opened.manifest.state})"
+        raise UsageError(message)
+    if opened.manifest.changing_buffers:
+        message = (
+            f"{run}: the model has buffers that change in training ({', '.join(opened.manifest.changing_buffers)}), "
+            "such as the statistics of batch normalisation; this version does not record them, so the loss cannot be "
+            "replayed"
+        )
+        raise UsageError(message)
+    return opened
+
+
+def _run_tasks(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receipt]:
+    if workers == 1 or len(tasks) == 1:
+        return run_serially(job, tasks)
+    from replay.cluster import run_in_processes
+
+    return run_in_processes(job, tasks, workers)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    job = _job(options)
+    run = _open(options.run)
+    replayer = Replayer(job)
+    if options.overwrite and not options.dry_run:
+        for folder in replayer.folders.values():
+            for start, stop in folder.finished():
+                folder.file(start, stop).unlink()
+    consecutive = run.consecutive
+    tasks = _wanted(options.steps, plan(job, replayer.folders, consecutive))
+    steps = sum(task.stop - task.start for task in tasks)
+    commandline.say(
+        f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(replayer.folders)}; "
+        f"{job.rule} rule; {steps} steps to do in {len(tasks)} shards"
+    )
+    report = check_update(run, replayer.workload, data=any(data.fixed for data in replayer.loss_data.values()))
+    commandline.say(f"self-check: {report.text}")
+    if options.dry_run:
+        evaluations = sum(replayer.evaluations(task) for task in tasks)
+        free = shutil.disk_usage(run.path).free
+        written = sum(replayer.bytes_written(task) for task in tasks)
+        commandline.say(
+            f"dry run: {evaluations} gradient evaluations, {written / 1e6:.1f} MB to write ({free / 1e9:.1f} GB free)"
+        )
+        return commandline.DONE
+    workers = options.workers or os.cpu_count() or 1
+    for _ in with_progress(_run_tasks(job, tasks, workers) if tasks else iter(()), steps):
+        pass
+    return _conclude(options, replayer)
+
+
+def _conclude(options: argparse.Namespace, replayer: Replayer) -> int:
+    summaries = {name: summarise(folder) for name, folder in replayer.folders.items() if folder.finished()}
+    for name, summary in summaries.items():
+        for line in summary.lines(name):
+            commandline.say(line)
+    if options.json:
+        commandline.result(
+            json.dumps(
+                {
+                    name: {
+                        "shards": str(replayer.folders[name].path),
+                        "steps": summary.steps,
+                        "status": {status.name.lower(): count for status, count in summary.counts.items()},
+                        "worst_residual": summary.residual_worst,
+                    }
+                    for name, summary in summaries.items()
+                }
+            )
+        )
+    else:
+        for name in summaries:
+            commandline.result(str(replayer.folders[name].path))
+    balanced = all(summary.balanced for summary in summaries.values())
+    return commandline.DONE if balanced else commandline.TOLERANCE_NOT_MET
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv
+        The arguments without the program; None for those of the process.
+
+    Returns
+    -------
+    int
+        The exit code.
+    """
+    options = _parser().parse_args(argv)
+    return commandline.guarded(PROGRAM, lambda: _replay(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

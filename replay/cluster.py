@@ -1,0 +1,71 @@
+"""Run tasks in worker processes through dask.distributed: the only place of replay that names dask.
+
+A local cluster of spawned processes, one thread of torch each, on loopback with TLS and without a dashboard: a
+default LocalCluster lets any local user run code as its owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import dask
+from distributed import Client, LocalCluster, as_completed
+
+from recorder.errors import LossledgerError
+from replay.work import Job, Receipt, Task, do
+
+_CONFIGURATION = {
+    # Without it a cluster whose workers all died waits for ever.
+    "distributed.scheduler.no-workers-timeout": "60s",
+    "distributed.worker.multiprocessing-method": "spawn",
+    "distributed.logging.distributed": "error",
+}
+
+
+def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receipt]:
+    """Do the tasks in a local cluster of worker processes.
+
+    Parameters
+    ----------
+    job
+        What to do.
+    tasks
+        Its parts.
+    workers
+        Number of processes.
+
+    Yields
+    ------
+    Receipt
+        Of each finished task, in the order in which they finish.
+
+    Raises
+    ------
+    LossledgerError
+        If a task fails; what the others have finished is on disk.
+    """
+    environment = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    # dask's nanny makes the workers as daemons, from a fresh interpreter: no state of this process leaks into them.
+    with (
+        dask.config.set(_CONFIGURATION | {"distributed.nanny.pre-spawn-environ": environment}),
+        LocalCluster(
+            n_workers=min(workers, len(tasks)),
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            security=True,
+            dashboard_address=None,
+            memory_limit=0,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        futures = [client.submit(do, job, task, pure=False, key=f"steps-{task.start}-{task.stop}") for task in tasks]
+        for future in as_completed(futures):
+            error = future.exception()
+            if error is not None:
+                if isinstance(error, LossledgerError):
+                    raise error
+                message = f"{future.key} failed in its worker: {type(error).__name__}: {error}"
+                raise LossledgerError(message) from error
+            receipt: Receipt = future.result()
+            yield receipt

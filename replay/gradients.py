@@ -1,0 +1,142 @@
+"""The mean loss on given micro-batches, and its gradient, at any parameters.
+
+Sums and counts, exactly as training normalises them: L = Σ loss sums / Σ predictions over the micro-batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recorder.errors import FormatError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from recorder.workload import Workload
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Loss and gradient at one point.
+
+    Parameters
+    ----------
+    loss
+        Mean loss in nats.
+    gradient
+        Parameter name to ∂loss/∂parameter, in the parameter's shape and dtype. A parameter that the loss does not
+        depend on is left out: its gradient is zero.
+    """
+
+    loss: float
+    gradient: Mapping[str, torch.Tensor]
+
+
+class LossSurface:
+    """A model as a function from parameters and micro-batches to loss and gradient, dropout off.
+
+    Parameters
+    ----------
+    workload
+        Supplies the model and the loss.
+    names
+        The trained parameters; what `evaluate` returns gradients for.
+    fixed
+        Values of all other parameters of the run.
+    device
+        Where to compute.
+
+    Raises
+    ------
+    FormatError
+        If the model built by the workload lacks a parameter of the run, or has it in another shape.
+    """
+
+    def __init__(
+        self, workload: Workload, names: Sequence[str], fixed: Mapping[str, torch.Tensor], device: torch.device
+    ) -> None:
+        self._workload = workload
+        self.device = device
+        self._model: nn.Module = workload.model().to(device)
+        self._model.eval()
+        present = dict(self._model.named_parameters())
+        missing = [name for name in (*names, *fixed) if name not in present]
+        if missing:
+            message = (
+                f"the model that the workload builds lacks {len(missing)} parameters of the run, first {missing[0]!r}; "
+                "was the model's code changed since the training?"
+            )
+            raise FormatError(message)
+        self._parameters = {name: present[name] for name in names}
+        for name, parameter in present.items():
+            parameter.requires_grad_(name in self._parameters)
+        self._set({name: present[name] for name in fixed}, fixed)
+
+    @staticmethod
+    def _set(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if parameter.shape != values[name].shape:
+                    message = (
+                        f"parameter {name!r} has shape {tuple(values[name].shape)} in the run, but "
+                        f"{tuple(parameter.shape)} in the model that the workload builds"
+                    )
+                    raise FormatError(message)
+                parameter.copy_(values[name])
+
+    def evaluate(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> Evaluation:
+        """Compute loss and gradient at parameters `theta`.
+
+        Parameters
+        ----------
+        theta
+            Every trained parameter.
+        micro_batches
+            On this surface's device.
+
+        Returns
+        -------
+        Evaluation
+            Mean loss and its gradient.
+        """
+        self._set(self._parameters, theta)
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        loss_sum, predictions = 0.0, 0.0
+        for micro_batch in micro_batches:
+            loss, count = self._workload.loss(self._model, micro_batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss_sum += float(loss.detach())
+            predictions += float(count)
+        gradient = {}
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                gradient[name] = parameter.grad.div_(predictions)
+                parameter.grad = None
+        return Evaluation(loss=loss_sum / predictions, gradient=gradient)
+
+    def loss(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> float:
+        """Compute the mean loss alone.
+
+        Parameters
+        ----------
+        theta, micro_batches
+            As for `evaluate`.
+
+        Returns
+        -------
+        float
+            In nats.
+        """
+        self._set(self._parameters, theta)
+        loss_sum, predictions = 0.0, 0.0
+        with torch.no_grad():
+            for micro_batch in micro_batches:
+                loss, count = self._workload.loss(self._model, micro_batch)
+                loss_sum += float(loss)
+                predictions += float(count)
+        return loss_sum / predictions

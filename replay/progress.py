@@ -1,0 +1,51 @@
+"""A progress bar on a terminal, and a line every so often elsewhere; both on standard error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from recorder import commandline
+from replay.work import Receipt
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def with_progress(receipts: Iterable[Receipt], steps: int) -> Iterator[Receipt]:
+    """Pass receipts through while showing how many steps are done.
+
+    Parameters
+    ----------
+    receipts
+        As the runner gives them.
+    steps
+        Steps of all tasks together.
+
+    Yields
+    ------
+    Receipt
+        The same receipts.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("replay"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("replay", total=steps)
+        done, said = 0, time.monotonic()
+        for receipt in receipts:
+            done += receipt.task.stop - receipt.task.start
+            progress.update(bar, completed=done)
+            if not console.is_terminal and (done == steps or time.monotonic() - said > SECONDS_BETWEEN_LINES):
+                said = time.monotonic()
+                commandline.say(f"replay: {done} of {steps} steps")
+            yield receipt

@@ -1,0 +1,252 @@
+"""Before the work: do a recorded update again, and see whether the record comes out.
+
+In training mode, with the recorded state of the random generators, from the first recorded step until the parameters
+have moved (the first update of a warm-up has learning rate 0). Within the recipe of the training the bits must agree;
+in another recipe the losses must agree to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from recorder.batches import to_device
+from recorder.errors import MismatchError
+from recorder.recipe import current_recipe
+from recorder.runformat import Run, Step
+from recorder.workload import RepeatedUpdate, RepeatsUpdates, Workload
+from replay.lossdata import recorded_or_collated, verify_collation
+
+LOSS_TOLERANCE = 1e-4
+"""Relative; another number of threads moves a loss by up to 2e-5 (float32)."""
+
+UPDATE_TOLERANCE = 0.1
+"""Relative to the norm of the update, for a loop whose exact arithmetic is not known.
+
+Adam turns the rounding noise of parameters whose true gradient is zero (a key's bias) into updates of full size; they
+are a few percent of an update's norm. Another batch or another model changes nearly all of it.
+"""
+
+MOST_STEPS = 3
+_CAUSES = (
+    "Likely causes: other data, changed code, another order of rows, or random numbers drawn elsewhere in the loop"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What the check did and found.
+
+    Parameters
+    ----------
+    steps
+        The recorded steps that were done again.
+    exact
+        Whether losses and parameters came out bit for bit.
+    text
+        One sentence for the user.
+    """
+
+    steps: tuple[int, ...]
+    exact: bool
+    text: str
+
+
+def check_update(run: Run, workload: Workload, *, data: bool) -> Report:
+    """Do the first recorded updates again and compare losses and parameters with the record.
+
+    A `MismatchError` tells what differs, where, and by how much.
+
+    Parameters
+    ----------
+    run
+        The run.
+    workload
+        Rebuilds model, batches and loss.
+    data
+        Whether to compare also the first recorded batch with the one that the workload collates from its indices: done
+        where the loss data is drawn from the training data.
+
+    Returns
+    -------
+    Report
+        What agreed, and how exactly.
+    """
+    steps = _steps_to_repeat(run)
+    first = steps[0]
+    if data and first.micro_batches[0].checksums:
+        micro_batch = first.micro_batches[0]
+        verify_collation(
+            workload.batch(micro_batch.indices.tolist(), split="train", epoch=first.epoch), first, micro_batch
+        )
+    recorded = run.manifest.recipe
+    numbers = tuple(step.step for step in steps)
+    if recorded["device"] == "cuda" and not torch.cuda.is_available():
+        text = "the update was recorded on a GPU and there is none here: it was not repeated"
+        return Report(steps=(), exact=False, text=text)
+    device = torch.device(str(recorded["device"]))
+    with _threads(int(recorded["threads"])):
+        same_recipe = current_recipe(device) == dict(recorded)
+        repeats = isinstance(workload, RepeatsUpdates)
+        state = run.optimizer_state()
+        theta = run.parameters(first.step)
+        updates = (
+            workload.repeat_updates({**run.untrained(), **theta}, state, steps)
+            if isinstance(workload, RepeatsUpdates)
+            else _repeat_updates(run, workload, {**run.untrained(), **theta}, state, steps, device)
+        )
+        exact = True
+        known_parameters = False
+        for step, update in zip(steps, updates, strict=True):
+            exact &= _compare_losses(run, step, update, exactly=same_recipe and repeats)
+            if update.parameters and same_recipe:
+                known_parameters = True
+                exact &= _compare_parameters(run, step, update, theta, exactly=repeats)
+            theta = run.parameters(step.step + 1)
+    again = f"{'step' if len(steps) == 1 else 'steps'} {', '.join(map(str, numbers))} done again"
+    if exact and known_parameters:
+        text = f"{again}: losses and parameters are the recorded ones, bit for bit"
+    elif known_parameters:
+        text = f"{again}: losses and parameters are the recorded ones within rounding"
+    else:
+        text = f"{again}: losses are the recorded ones within rounding (parameters not compared: another recipe)"
+    return Report(steps=numbers, exact=exact and known_parameters, text=text)
+
+
+def _steps_to_repeat(run: Run) -> list[Step]:
+    steps = []
+    for t in run.steps[:MOST_STEPS]:
+        steps.append(run.step(t))
+        before, after = run.parameters(t), run.parameters(t + 1)
+        if any(not torch.equal(before[name], after[name]) for name in after):
+            break
+    return steps
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compare_losses(run: Run, step: Step, update: RepeatedUpdate, *, exactly: bool) -> bool:
+    exact = True
+    for position, (micro_batch, (loss_sum, predictions)) in enumerate(
+        zip(step.micro_batches, update.losses, strict=True)
+    ):
+        if micro_batch.loss_sum is None or micro_batch.predictions is None:
+            continue
+        where = f"{run.path}: step {step.step}, micro-batch {position}"
+        if predictions != micro_batch.predictions:
+            message = (
+                f"{where}: training counted {micro_batch.predictions:g} predictions, doing it again {predictions:g}. "
+                f"{_CAUSES}"
+            )
+            raise MismatchError(message)
+        difference = abs(loss_sum - micro_batch.loss_sum)
+        tolerance = 0.0 if exactly else LOSS_TOLERANCE * abs(micro_batch.loss_sum)
+        if difference > tolerance or math.isnan(difference) != math.isnan(micro_batch.loss_sum):
+            message = (
+                f"{where}: training recorded a loss of {micro_batch.loss_sum!r} nats over {predictions:g} predictions, "
+                f"doing it again gives {loss_sum!r} (difference {difference:.3g}, allowed {tolerance:.3g}). {_CAUSES}"
+            )
+            raise MismatchError(message)
+        exact &= difference == 0
+    return exact
+
+
+def _compare_parameters(
+    run: Run, step: Step, update: RepeatedUpdate, before: Mapping[str, torch.Tensor], *, exactly: bool
+) -> bool:
+    recorded = run.parameters(step.step + 1)
+    different = [name for name in recorded if not torch.equal(recorded[name], update.parameters[name])]
+    if not different:
+        return True
+    errors = {name: (update.parameters[name].double() - recorded[name].double()).norm().item() for name in different}
+    moved = math.sqrt(sum((recorded[name].double() - before[name].double()).norm().item() ** 2 for name in recorded))
+    error = math.sqrt(sum(value**2 for value in errors.values()))
+    relative = error / moved if moved else math.inf
+    tolerance = 0.0 if exactly else UPDATE_TOLERANCE
+    if relative > tolerance:
+        worst = max(errors, key=lambda name: errors[name])
+        message = (
+            f"{run.path}: step {step.step} done again gives other parameters: {len(different)} of {len(recorded)} "
+            f"differ, by {relative:.3g} of the update's norm (allowed {tolerance:g}), most of all {worst!r}. {_CAUSES}"
+        )
+        raise MismatchError(message)
+    return False
+
+
+def _repeat_updates(
+    run: Run,
+    workload: Workload,
+    theta: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any] | None,
+    steps: Sequence[Step],
+    device: torch.device,
+) -> Iterator[RepeatedUpdate]:
+    model = workload.model().to(device)
+    model.train()
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in theta.items():
+            named[name].copy_(tensor)
+    optimizer = _rebuild_optimizer(run, named, state)
+    for step in steps:
+        losses = []
+        for parameter in named.values():
+            parameter.grad = None
+        for micro_batch in step.micro_batches:
+            batch = to_device(recorded_or_collated(workload, step, micro_batch), device)
+            torch.set_rng_state(micro_batch.random_state["rng_cpu"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(micro_batch.random_state["rng_cuda"], device)
+            loss_sum, predictions = workload.loss(model, batch)
+            loss_sum.backward()  # type: ignore[no-untyped-call]
+            losses.append((float(loss_sum.detach()), float(predictions)))
+        parameters: dict[str, torch.Tensor] = {}
+        if optimizer is not None:
+            _scale_gradient(named, step, sum(predictions for _, predictions in losses))
+            for group, learning_rate in zip(optimizer.param_groups, step.learning_rates, strict=True):
+                group["lr"] = learning_rate
+            optimizer.step()
+            parameters = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+        yield RepeatedUpdate(losses=tuple(losses), parameters=parameters)
+
+
+def _scale_gradient(named: Mapping[str, torch.Tensor], step: Step, predictions: float) -> None:
+    # The recorded norm carries what only the loop knows: clipping, and a normalisation other than the mean.
+    gradients = [parameter.grad for parameter in named.values() if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    scale = 1 / predictions if step.gradient_norm is None or norm == 0 else step.gradient_norm / norm
+    for gradient in gradients:
+        gradient.mul_(scale)
+
+
+def _rebuild_optimizer(
+    run: Run, named: Mapping[str, torch.Tensor], state: Mapping[str, Any] | None
+) -> torch.optim.Optimizer | None:
+    facts = run.manifest.optimizer
+    # Only torch's own optimizers: a class elsewhere would be code that the run names.
+    package, _, kind = facts.name.rpartition(".")
+    if not package.startswith("torch.optim."):
+        return None
+    groups = [
+        {**{key: value for key, value in group.items() if key != "parameters"}}
+        | {"params": [named[name] for name in group["parameters"]]}
+        for group in facts.groups
+    ]
+    optimizer: torch.optim.Optimizer = getattr(importlib.import_module(package), kind)(groups)
+    if state is not None:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return optimizer

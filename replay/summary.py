@@ -1,0 +1,108 @@
+"""What a replay found, in numbers: computed from the shards, for the command's last lines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from replay.shards import ShardFolder, Status
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The books of one loss data.
+
+    Parameters
+    ----------
+    steps
+        Number of replayed steps.
+    counts
+        Status to number of steps.
+    change
+        Σ ΔL over the steps, in nats.
+    residual_median, residual_p99, residual_worst
+        Of |residual|, in nats.
+    worst_step
+        The step of the worst residual.
+    cumulative_residual
+        Σ residual over the steps, in nats.
+    cumulative_change
+        Σ |ΔL| over the steps, in nats.
+    evaluations
+        Gradient evaluations.
+    """
+
+    steps: int
+    counts: Mapping[Status, int]
+    change: float
+    residual_median: float
+    residual_p99: float
+    residual_worst: float
+    worst_step: int
+    cumulative_residual: float
+    cumulative_change: float
+    evaluations: int
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every entry converged."""
+        return self.counts[Status.CONVERGED] == self.steps
+
+    def lines(self, name: str) -> list[str]:
+        """Say it in two lines.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+
+        Returns
+        -------
+        list of str
+            For a terminal.
+        """
+        counts = ", ".join(f"{count} {status.name.lower()}" for status, count in self.counts.items() if count)
+        share = abs(self.cumulative_residual) / self.cumulative_change if self.cumulative_change else 0.0
+        totals = f"ΔL {self.change:+.4f} nat, {self.evaluations} gradient evaluations"
+        residuals = (
+            f"|residual| median {self.residual_median:.1e}, 99th percentile {self.residual_p99:.1e}, worst "
+            f"{self.residual_worst:.1e} nat at step {self.worst_step}; cumulative {share:.1e} of Σ|ΔL|"
+        )
+        return [f"{name}: {self.steps} steps ({counts}), {totals}", f"{name}: {residuals}"]
+
+
+def summarise(folder: ShardFolder) -> Summary:
+    """Read the per-step entries of all shards of a folder and sum them up.
+
+    Parameters
+    ----------
+    folder
+        With at least one shard.
+
+    Returns
+    -------
+    Summary
+        The books.
+    """
+    shards = [folder.read(start, stop).per_step for start, stop in folder.finished()]
+    step, status, residual, start, end, evaluations = (
+        np.concatenate([shard[name] for shard in shards])
+        for name in ("step", "status", "residual", "loss_start", "loss_end", "evaluations")
+    )
+    size = np.abs(residual)
+    # A residual that is not finite is the worst of all.
+    worst = int(np.argmax(np.where(np.isfinite(size), size, np.inf)))
+    return Summary(
+        steps=len(step),
+        counts={member: int((status == member).sum()) for member in Status},
+        change=float((end - start).sum()),
+        residual_median=float(np.median(size)),
+        residual_p99=float(np.quantile(size, 0.99)),
+        residual_worst=float(size[worst]),
+        worst_step=int(step[worst]),
+        cumulative_residual=float(residual.sum()),
+        cumulative_change=float(np.abs(end - start).sum()),
+        evaluations=int(evaluations.sum()),
+    )

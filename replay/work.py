@@ -1,0 +1,334 @@
+"""One worker's work: replay a chunk of steps and write its shards.
+
+Tasks carry a path and a range of steps, never models. A worker builds model and data once; it writes its shards to
+disk and returns receipts, so that a task may run twice and results survive the worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from recorder.recipe import current_recipe
+from recorder.runformat import Run, Step
+from recorder.workload import load_workload
+from replay import lossdata
+from replay.allocate import Tolerance, allocate, sum_over_units
+from replay.gradients import Evaluation, LossSurface
+from replay.quadrature import rule_named
+from replay.shards import PER_STEP, PER_UNIT, Settings, Shard, ShardFolder
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything a worker needs to know: hashable, and of plain types so that it travels to any process.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    loss_data
+        As on the command line.
+    rule
+        Name of the quadrature rule.
+    rtol, atol
+        The tolerance of an entry.
+    chunk
+        Steps to a shard.
+    device
+        ``cpu`` or ``cuda``.
+    threads
+        Threads of torch in each worker.
+    workload, data
+        As on the command line.
+    """
+
+    run: str
+    loss_data: tuple[str, ...]
+    rule: str
+    rtol: float
+    atol: float
+    chunk: int
+    device: str
+    threads: int
+    workload: str | None
+    data: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A chunk of steps, and the loss data whose shard of it is still missing.
+
+    Parameters
+    ----------
+    start, stop
+        The range of steps.
+    loss_data
+        Names.
+    """
+
+    start: int
+    stop: int
+    loss_data: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """Says that a task's shards are on disk.
+
+    Parameters
+    ----------
+    task
+        The task.
+    files
+        Its shards.
+    """
+
+    task: Task
+    files: tuple[str, ...]
+
+
+class Replayer:
+    """A run opened for replay: model, loss data and shard folders, built once in each process.
+
+    Parameters
+    ----------
+    job
+        What to do.
+    """
+
+    def __init__(self, job: Job) -> None:
+        torch.set_num_threads(job.threads)
+        # Ten bits of mantissa would drown the residual of a step.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        self.job = job
+        self.run = Run(Path(job.run))
+        self.rule = rule_named(job.rule)
+        self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
+        self._device = torch.device(job.device)
+        self._trained = self.run.manifest.trained
+        self._surface = LossSurface(
+            self.workload, [parameter.name for parameter in self._trained], self.run.untrained(), self._device
+        )
+        first = self.run.step(self.run.steps[0])
+        requests = [lossdata.parse(text) for text in job.loss_data]
+        self.loss_data = {
+            request.name: lossdata.build(request, self.workload, first, self._device) for request in requests
+        }
+        self.folders = {name: self._folder(name) for name in self.loss_data}
+
+    def _folder(self, name: str) -> ShardFolder:
+        manifest = self.run.manifest
+        settings = Settings(
+            run_id=manifest.run_id,
+            path=manifest.path,
+            loss_data=name,
+            loss_data_settings=self.loss_data[name].settings,
+            rule=self.job.rule,
+            rtol=self.job.rtol,
+            atol=self.job.atol,
+            dropout="off",
+            chunk=self.job.chunk,
+            recipe=current_recipe(self._device),
+        )
+        provenance = {
+            "run": dict(manifest.provenance),
+            "trainer": dataclasses.asdict(manifest.trainer),
+            "recipe": dict(manifest.recipe),
+        }
+        return ShardFolder.create(self.run.path, settings, manifest.parameters, provenance)
+
+    def replay(self, task: Task) -> Receipt:
+        """Allocate every step of a chunk and write one shard for each loss data.
+
+        Parameters
+        ----------
+        task
+            The chunk.
+
+        Returns
+        -------
+        Receipt
+            The shards' files, which are on disk.
+        """
+        steps = range(task.start, task.stop)
+        shards = {name: self._empty_shard(len(steps)) for name in task.loss_data}
+        known: dict[str, Evaluation | None] = dict.fromkeys(task.loss_data)
+        end = self._theta(task.start)
+        for row, t in enumerate(steps):
+            start, end = end, self._theta(t + 1)
+            step = self.run.step(t)
+            for name in task.loss_data:
+                known[name] = self._fill(shards[name], row, step, name, start, end, known[name])
+        files = tuple(str(self.folders[name].write(task.start, task.stop, shards[name])) for name in task.loss_data)
+        return Receipt(task=task, files=files)
+
+    def evaluations(self, task: Task) -> int:
+        """Count the gradient evaluations that a task will take.
+
+        Parameters
+        ----------
+        task
+            The task.
+
+        Returns
+        -------
+        int
+            Over all its steps and loss data.
+        """
+        nodes, steps = len(self.rule.nodes), task.stop - task.start
+        saved = steps - 1 if self.rule.starts_at_start and self.rule.ends_at_end else 0
+        return sum(nodes * steps - (saved if self.loss_data[name].fixed else 0) for name in task.loss_data)
+
+    def bytes_written(self, task: Task) -> int:
+        """Count the bytes of a task's shards, without their headers.
+
+        Parameters
+        ----------
+        task
+            The task.
+
+        Returns
+        -------
+        int
+            Bytes.
+        """
+        units = sum(parameter.units for parameter in self._trained)
+        per_step = len(PER_UNIT) * units * 8 + len(PER_STEP) * 8
+        return per_step * (task.stop - task.start) * len(task.loss_data)
+
+    def _theta(self, t: int) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self._device) for name, tensor in self.run.parameters(t).items()}
+
+    def _empty_shard(self, steps: int) -> Shard:
+        return Shard(
+            per_step={name: np.zeros(steps, dtype) for name, dtype in PER_STEP.items()},
+            per_unit={
+                quantity: {parameter.name: np.zeros((steps, parameter.units), dtype) for parameter in self._trained}
+                for quantity, dtype in PER_UNIT.items()
+            },
+        )
+
+    def _fill(
+        self,
+        shard: Shard,
+        row: int,
+        step: Step,
+        name: str,
+        start: Mapping[str, torch.Tensor],
+        end: Mapping[str, torch.Tensor],
+        first: Evaluation | None,
+    ) -> Evaluation | None:
+        data = self.loss_data[name]
+        micro_batches = data.micro_batches(step)
+        allocation = allocate(
+            start,
+            end,
+            self.rule,
+            evaluate=lambda theta: self._surface.evaluate(theta, micro_batches),
+            loss=lambda theta: self._surface.loss(theta, micro_batches),
+            first=first,
+        )
+        residual = allocation.residual
+        tolerance = Tolerance(rtol=self.job.rtol, atol=self.job.atol)
+        predictions = step.predictions
+        entries: dict[str, float] = {
+            "step": step.step,
+            "epoch": step.epoch,
+            "lr": step.learning_rates[0],
+            "predictions": 0 if np.isnan(predictions) else round(predictions),
+            "loss_start": allocation.loss_start,
+            "loss_end": allocation.loss_end,
+            "residual": residual,
+            "status": tolerance.status(residual, allocation.change),
+            "evaluations": allocation.evaluations,
+        }
+        for key, value in entries.items():
+            shard.per_step[key][row] = value
+        for parameter in self._trained:
+            sums = sum_over_units(allocation.lca[parameter.name], parameter)
+            _put(shard.per_unit["sum"][parameter.name], row, sums.sum)
+            _put(shard.per_unit["positive_sum"][parameter.name], row, sums.positive_sum)
+            _put(shard.per_unit["positive_count"][parameter.name], row, sums.positive_count)
+        return allocation.end if data.fixed else None
+
+
+def _put(array: npt.NDArray[Any], row: int, values: torch.Tensor) -> None:
+    array[row] = values.cpu().numpy()
+
+
+@functools.lru_cache(maxsize=1)
+def replayer(job: Job) -> Replayer:
+    """Build the replayer of a job, once in each process.
+
+    Parameters
+    ----------
+    job
+        What to do.
+
+    Returns
+    -------
+    Replayer
+        Ready to work.
+    """
+    return Replayer(job)
+
+
+def do(job: Job, task: Task) -> Receipt:
+    """Do one task of a job: what runners call, in whatever process.
+
+    Parameters
+    ----------
+    job
+        What to do.
+    task
+        Which part of it.
+
+    Returns
+    -------
+    Receipt
+        What is on disk now.
+    """
+    return replayer(job).replay(task)
+
+
+def plan(job: Job, folders: Mapping[str, ShardFolder], recorded: Sequence[tuple[int, int]]) -> list[Task]:
+    """List what is still to do: chunks of consecutive recorded steps whose shard is missing.
+
+    Chunks start at multiples of the chunk length, so that they are the same whatever was done before.
+
+    Parameters
+    ----------
+    job
+        Says the chunk length.
+    folders
+        Loss data to its folder of shards.
+    recorded
+        Start and stop of consecutive recorded steps.
+
+    Returns
+    -------
+    list of Task
+        In the order of steps.
+    """
+    finished = {name: set(folder.finished()) for name, folder in folders.items()}
+    tasks = []
+    for start, stop in recorded:
+        first = start
+        while first < stop:
+            last = min(stop, (first // job.chunk + 1) * job.chunk)
+            missing = tuple(name for name in folders if (first, last) not in finished[name])
+            if missing:
+                tasks.append(Task(start=first, stop=last, loss_data=missing))
+            first = last
+    return tasks

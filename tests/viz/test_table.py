@@ -1,0 +1,95 @@
+"""The table's totals are the cube's, and every form of it shows them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from viz.table import Row, Table, show, to_csv, to_markdown, totals_table
+
+MakeCube = Callable[..., xr.Dataset]
+
+
+def _row(table: Table, name: str) -> Row:
+    (row,) = [row for row in table.rows if row.name == name]
+    return row
+
+
+@pytest.fixture
+def cubes(make_cube: MakeCube) -> dict[str, xr.Dataset]:
+    return {
+        "translation": make_cube(status={("batch", 4): "tolerance_not_met", ("probe", 9): "missing"}),
+        "causal [lm]": make_cube("decoder-only", data=("probe",), seed=1, path="chord"),
+    }
+
+
+def test_columns_and_rows(cubes: dict[str, xr.Dataset]) -> None:
+    table = totals_table(cubes)
+    assert table.columns == (("translation", "batch"), ("translation", "probe"), ("causal [lm]", "probe"))
+    names = [row.name for row in table.rows]
+    components = ["key", "query", "value", "out", "cross_key", "cross_query", "cross_value", "cross_out"]
+    assert names[: names.index("total")] == [*components, "W1", "W2", "embedding", "norm"]
+    assert _row(table, "cross_key").cells[2] is None
+    assert _row(table, "path").cells == ("recorded", "recorded", "chord")
+    assert _row(table, "steps").cells == (40, 40, 40)
+    assert _row(table, "steps converged").cells == (39, 39, 40)
+    assert _row(table, "steps tolerance not met").cells == (1, 0, 0)
+    assert _row(table, "steps missing").cells == (0, 1, 0)
+    assert _row(table, "at step").cells[0] == 4
+    assert _row(table, "worst |residual| of a step").cells[0] == 0.05
+
+
+def test_total_is_the_sum_of_components_and_stands_beside_the_measured_change(
+    cubes: dict[str, xr.Dataset],
+) -> None:
+    table = totals_table(cubes)
+    parts = table.rows[: [row.name for row in table.rows].index("total")]
+    for column, (label, data) in enumerate(table.columns):
+        one = cubes[label].sel(data=data)
+        amounts = [row.cells[column] for row in parts if row.cells[column] is not None]
+        total = _row(table, "total").cells[column]
+        assert total == np.sum(np.array(amounts, dtype=float))
+        assert total == pytest.approx(float(one["lca"].sum()), rel=1e-12)
+        measured = _row(table, "measured ΔL").cells[column]
+        assert measured == pytest.approx(float((one["loss_end"] - one["loss_start"]).sum()), rel=1e-12)
+        difference = _row(table, "total \N{MINUS SIGN} measured ΔL").cells[column]
+        assert difference == pytest.approx(float(one["residual"].sum()), rel=1e-6)
+
+
+def test_csv_has_every_digit(cubes: dict[str, xr.Dataset]) -> None:
+    table = totals_table(cubes)
+    header, *lines = csv.reader(io.StringIO(to_csv(table)))
+    assert header == ["LCA", "units", "translation, batch", "translation, probe", "causal [lm], probe"]
+    assert [line[0] for line in lines] == [row.name for row in table.rows]
+    total = next(line for line in lines if line[0] == "total")
+    assert total[1] == "nat"
+    assert tuple(map(float, total[2:])) == _row(table, "total").cells
+    assert next(line for line in lines if line[0] == "cross_key")[4] == ""
+
+
+def test_markdown(cubes: dict[str, xr.Dataset]) -> None:
+    text = to_markdown(totals_table(cubes))
+    rows, notes = text.split("\n\n")
+    lines = rows.splitlines()
+    assert lines[1] == "| --- | --- | ---: | ---: | ---: |"
+    assert {line.replace("\\|", "").count("|") for line in lines} == {6}
+    assert "probe: the loss is measured on a fixed probe set" in notes
+
+
+def test_printed_table_is_aligned_plain_text_of_any_width(cubes: dict[str, xr.Dataset]) -> None:
+    many = {f"{label} {i}": cube for i in range(5) for label, cube in cubes.items()}
+    stream = io.StringIO()
+    show(totals_table(many), stream)
+    text = stream.getvalue()
+    assert "\x1b" not in text
+    assert "…" not in text
+    assert "causal [lm] 4" in text  # not taken for mark-up
+    rows = text.splitlines()[: len(totals_table(many).rows)]
+    assert len({len(row) for row in rows}) == 1
+    assert f"{_row(totals_table(many), 'total').cells[0]:+.6f}" in text
+    assert "tolerance not met" in text
