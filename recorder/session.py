@@ -165,7 +165,7 @@ class Recording:
             message = "Recording.loss was called before Recording.batch announced a micro-batch"
             raise UsageError(message)
         self._pending[-1] = dataclasses.replace(
-            self._pending[-1], loss_sum=float(loss_sum), predictions=float(predictions)
+            self._pending[-1], loss_sum=_number(loss_sum), predictions=_number(predictions)
         )
 
     def forget_pending(self) -> None:
@@ -458,6 +458,10 @@ def empty_folder(run: Path | str) -> Path:
         message = f"{folder} is not empty; a run is never overwritten. Give another folder, or remove this one"
         raise UsageError(message)
     return folder
+
+
+def _number(value: torch.Tensor | float) -> float:
+    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
 def _provenance() -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from replay.quadrature import RULES
 from replay.selfcheck import check_update
 from replay.serial import run_serially
 from replay.summary import summarise
-from replay.work import Job, Receipt, Replayer, Task, plan
+from replay.work import Job, Receipt, Replayer, Task, plan, replayer
 
 PROGRAM = "python -m replay"
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _job(options: argparse.Namespace) -> Job:
+def _job(options: argparse.Namespace, run: Run) -> Job:
     texts = tuple(options.loss_data or lossdata.DEFAULT)
     requests = [lossdata.parse(text) for text in texts]
     names = [request.name for request in requests]
@@ -80,6 +80,7 @@ def _job(options: argparse.Namespace) -> Job:
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     return Job(
         run=str(options.run),
+        run_id=run.manifest.run_id,
         loss_data=texts,
         rule=options.rule,
         rtol=options.rtol,
@@ -127,26 +128,26 @@ def _run_tasks(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receip
 
 
 def _replay(options: argparse.Namespace) -> int:
-    job = _job(options)
     run = _open(options.run)
-    replayer = Replayer(job)
+    job = _job(options, run)
+    opened = replayer(job)
     if options.overwrite and not options.dry_run:
-        for folder in replayer.folders.values():
+        for folder in opened.folders.values():
             for start, stop in folder.finished():
                 folder.file(start, stop).unlink()
     consecutive = run.consecutive
-    tasks = _wanted(options.steps, plan(job, replayer.folders, consecutive))
+    tasks = _wanted(options.steps, plan(job, opened.folders, consecutive))
     steps = sum(task.stop - task.start for task in tasks)
     commandline.say(
-        f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(replayer.folders)}; "
+        f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(opened.folders)}; "
         f"{job.rule} rule; {steps} steps to do in {len(tasks)} shards"
     )
-    report = check_update(run, replayer.workload, data=any(data.fixed for data in replayer.loss_data.values()))
+    report = check_update(run, opened.workload, data=any(data.fixed for data in opened.loss_data.values()))
     commandline.say(f"self-check: {report.text}")
     if options.dry_run:
-        evaluations = sum(replayer.evaluations(task) for task in tasks)
+        evaluations = sum(opened.evaluations(task) for task in tasks)
         free = shutil.disk_usage(run.path).free
-        written = sum(replayer.bytes_written(task) for task in tasks)
+        written = sum(opened.bytes_written(task) for task in tasks)
         commandline.say(
             f"dry run: {evaluations} gradient evaluations, {written / 1e6:.1f} MB to write ({free / 1e9:.1f} GB free)"
         )
@@ -154,11 +155,11 @@ def _replay(options: argparse.Namespace) -> int:
     workers = options.workers or os.cpu_count() or 1
     for _ in with_progress(_run_tasks(job, tasks, workers) if tasks else iter(()), steps):
         pass
-    return _conclude(options, replayer)
+    return _conclude(options, opened)
 
 
-def _conclude(options: argparse.Namespace, replayer: Replayer) -> int:
-    summaries = {name: summarise(folder) for name, folder in replayer.folders.items() if folder.finished()}
+def _conclude(options: argparse.Namespace, opened: Replayer) -> int:
+    summaries = {name: summarise(folder) for name, folder in opened.folders.items() if folder.finished()}
     for name, summary in summaries.items():
         for line in summary.lines(name):
             commandline.say(line)
@@ -167,7 +168,7 @@ def _conclude(options: argparse.Namespace, replayer: Replayer) -> int:
             json.dumps(
                 {
                     name: {
-                        "shards": str(replayer.folders[name].path),
+                        "shards": str(opened.folders[name].path),
                         "steps": summary.steps,
                         "status": {status.name.lower(): count for status, count in summary.counts.items()},
                         "worst_residual": summary.residual_worst,
@@ -178,7 +179,7 @@ def _conclude(options: argparse.Namespace, replayer: Replayer) -> int:
         )
     else:
         for name in summaries:
-            commandline.result(str(replayer.folders[name].path))
+            commandline.result(str(opened.folders[name].path))
     balanced = all(summary.balanced for summary in summaries.values())
     return commandline.DONE if balanced else commandline.TOLERANCE_NOT_MET
 

@@ -36,6 +36,8 @@ class Job:
     ----------
     run
         The run's folder.
+    run_id
+        The run's identity: another run may take the same folder.
     loss_data
         As on the command line.
     rule
@@ -53,6 +55,7 @@ class Job:
     """
 
     run: str
+    run_id: str
     loss_data: tuple[str, ...]
     rule: str
     rtol: float

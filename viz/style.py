@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 PAGE_WIDTH = 7.2
 MARGIN = 0.06
 LINE = 0.125  # height of a line of the small print
-CHARACTERS_PER_INCH = 21.5  # of the small print, on average
+CHARACTERS_PER_INCH = 20.5  # of the small print, on average
 BOLD_CHARACTERS_PER_INCH = 15.5
 SMALL = 6.5
 LARGE = 8.5

@@ -205,7 +205,8 @@ def test_text_stays_inside_the_page_and_off_other_text(make_cube: MakeCube) -> N
     for figure in (plot_figure1(cubes, data="batch"), plot_balance(cubes)):
         with style.styled():
             figure.canvas.draw()
-            boxes = [text.get_window_extent() for text in figure.texts]
+            boxes = [text.get_window_extent() for text in (*figure.texts, *figure.legends)]
+            boxes += [axes.get_tightbbox() for axes in figure.axes]
         for box in boxes:
             assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
             assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
