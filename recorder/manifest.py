@@ -163,8 +163,12 @@ class Manifest:
         except (KeyError, TypeError) as error:
             message = f"{source}: trainer or optimizer is not understood ({error})"
             raise FormatError(message) from error
-        fields["parameters"] = tuple(Parameter.from_dict(row) for row in fields["parameters"])
-        fields["changing_buffers"] = tuple(fields.get("changing_buffers", ()))
+        try:
+            fields["parameters"] = tuple(Parameter.from_dict(row) for row in fields["parameters"])
+            fields["changing_buffers"] = tuple(fields.get("changing_buffers", ()))
+        except (AttributeError, TypeError) as error:
+            message = f"{source}: the parameter table or the changing buffers are not understood ({error})"
+            raise FormatError(message) from error
         return cls(**fields)
 
     def write(self, run: Path) -> None:
@@ -175,7 +179,7 @@ class Manifest:
         run
             The run's folder.
         """
-        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         durable.write(run / MANIFEST_FILE, lambda stream: _write_text(stream, text))
 
     @classmethod

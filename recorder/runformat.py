@@ -177,7 +177,7 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
         "step": step.step,
         "epoch": step.epoch,
         "seed": step.seed,
-        "learning_rates": list(step.learning_rates),
+        "learning_rates": [_number_to_json(rate) for rate in step.learning_rates],
         "gradient_norm": _number_to_json(step.gradient_norm),
         "micro_batches": [
             {
@@ -221,6 +221,9 @@ class Segment:
             raise FormatError(message)
         self.start: int = facts["start"]
         self.stop: int = facts["stop"]
+        if path.name != segment_file(path, self.start, self.stop).name:
+            message = f"{path}: expected the steps of its name, found steps {self.start} to {self.stop - 1}; was it renamed?"
+            raise FormatError(message)
 
     def parameters(self, t: int) -> dict[str, torch.Tensor]:
         """Read θ_t, as far as this segment holds it.
@@ -257,7 +260,7 @@ class Segment:
             step=row["step"],
             epoch=row["epoch"],
             seed=row["seed"],
-            learning_rates=tuple(row["learning_rates"]),
+            learning_rates=tuple(float(rate) for rate in row["learning_rates"]),
             gradient_norm=_number_from_json(row["gradient_norm"]),
             micro_batches=tuple(
                 self._micro_batch(f"{t:08d}/{position}", entry) for position, entry in enumerate(row["micro_batches"])

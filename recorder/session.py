@@ -7,10 +7,12 @@ random generator, changes no gradient and no parameter; an error of its own beco
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -196,15 +198,15 @@ class Recording:
             self._write_segment()
 
     def _give_up(self, error: Exception) -> None:
-        self._state = f"incomplete: {type(error).__name__} at step {self._next_step}: {error}"
+        reason = (str(error).splitlines() or [""])[0]  # torch's messages can run to pages
+        self._state = f"incomplete: {type(error).__name__} at step {self._next_step}: {reason}"
         self._pending.clear()
-        try:
+        # Whatever failed may fail again, a full disk for one; the warning below says so and the training goes on.
+        with suppress(Exception):
             if self._steps and len(self._thetas) == len(self._steps) + 1:
                 self._write_segment()
-            if self._manifest is not None:
-                self._write_manifest()
-        except OSError:
-            pass  # The very disk that failed; the warning below says so and the training goes on.
+        with suppress(Exception):
+            self._write_manifest()
         self._steps, self._thetas = [], []
         message = f"recording of {self.run} ended ({self._state}); the training goes on unrecorded"
         warnings.warn(message, RecorderWarning, stacklevel=3)
@@ -225,7 +227,7 @@ class Recording:
         self._gradient_norm = None
         if self._gradient_norms_left:
             self._gradient_norms_left -= 1
-            gradients = [tensor.grad for tensor in self._tensors.values() if tensor.grad is not None]
+            gradients = [_entries(tensor.grad) for tensor in self._tensors.values() if tensor.grad is not None]
             self._gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
 
     def _begin(self) -> None:
@@ -273,7 +275,7 @@ class Recording:
         groups = []
         for group in self._optimizer.param_groups:
             facts = {
-                key: list(value) if isinstance(value, tuple) else value
+                key: _hyperparameter(value)
                 for key, value in group.items()
                 if isinstance(value, bool | int | float | str | tuple | None)
             }
@@ -462,6 +464,20 @@ def empty_folder(run: Path | str) -> Path:
 
 def _number(value: torch.Tensor | float) -> float:
     return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
+
+
+def _hyperparameter(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_hyperparameter(entry) for entry in value]
+    if isinstance(value, torch.Tensor) or (isinstance(value, float) and not math.isfinite(value)):
+        value = float(value)
+        return value if math.isfinite(value) else repr(value)  # JSON has no NaN and no infinity
+    return value
+
+
+def _entries(gradient: torch.Tensor) -> torch.Tensor:
+    # torch takes no norm of a sparse gradient (nn.Embedding(sparse=True)).
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _provenance() -> Mapping[str, Any]:

@@ -3,7 +3,11 @@
 Segments of a run and shards of a replay are both such files. Any safetensors reader opens them. Facts that are no
 tensors travel as JSON text in the header's ``__metadata__`` (safetensors allows text only):
 
-    {"facts": "<JSON object>", "crc32": "<JSON object: tensor name -> CRC-32 of its bytes>"}
+    {"facts": "<JSON object>", "crc32": "<JSON object: tensor name -> CRC-32 of its bytes>",
+     "header_crc32": "<8 hexadecimal digits>"}
+
+The last entry ends the header and covers every byte of it before its own digits, so that a flipped bit in a shape,
+a dtype or a fact is noticed too.
 
 The bytes are written here and not by ``safetensors.save_file``, which never syncs to disk, ignores the umask and
 leaves hidden full-size files behind when killed. Ground floor: torch is imported only by `TensorFile.tensor`.
@@ -39,10 +43,15 @@ _DTYPE_CODES = {
     "int32": "I32",
     "int16": "I16",
     "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
     "uint8": "U8",
     "bool": "BOOL",
 }
 _HEADER_ALIGNMENT = 8
+_METADATA_ENTRIES = ("facts", "crc32", "header_crc32")
+_HEADER_END = '00000000"}}'  # the digits of header_crc32, and what closes the JSON
 
 
 def _name_of_dtype(array: Array) -> str:
@@ -122,8 +131,10 @@ def write(path: Path, tensors: Mapping[str, Array], facts: Mapping[str, Any]) ->
         checksums[name] = zlib.crc32(body)
         bodies.append(body)
         offset += body.nbytes
-    header["__metadata__"] = {"facts": json.dumps(facts, sort_keys=True), "crc32": json.dumps(checksums)}
+    entries = (json.dumps(facts, sort_keys=True, allow_nan=False), json.dumps(checksums), _HEADER_END[:8])
+    header["__metadata__"] = dict(zip(_METADATA_ENTRIES, entries, strict=True))
     text = json.dumps(header, separators=(",", ":")).encode()
+    text = _sealed(text[: -len(_HEADER_END)])
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
 
     def body_of_file(stream: BinaryIO) -> None:
@@ -133,6 +144,16 @@ def write(path: Path, tensors: Mapping[str, Array], facts: Mapping[str, Any]) ->
             stream.write(body)
 
     durable.write(path, body_of_file)
+
+
+def _sealed(covered: bytes) -> bytes:
+    return covered + f"{zlib.crc32(covered):08x}{_HEADER_END[8:]}".encode()
+
+
+def _header(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return stream.read(length).rstrip(b" ")
 
 
 class TensorFile:
@@ -151,7 +172,7 @@ class TensorFile:
     Raises
     ------
     DamagedFileError
-        If the file is truncated, is no safetensors file, or lacks our header entries.
+        If the file is truncated, is no safetensors file, lacks our header entries, or its header is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -161,6 +182,7 @@ class TensorFile:
             handle: Any = safe_open(self.path, framework="numpy")
             metadata = handle.metadata() or {}
             self._names = tuple(handle.keys())
+            header = _header(self.path)
         except (SafetensorError, OSError) as error:
             size = self.path.stat().st_size if self.path.exists() else 0
             message = (
@@ -168,8 +190,18 @@ class TensorFile:
                 "It was truncated or damaged after it was written; restore it from a copy, or leave its steps out."
             )
             raise DamagedFileError(message) from error
-        if "facts" not in metadata or "crc32" not in metadata:
-            message = f"{self.path}: a safetensors file, but not one that lossledger wrote (no facts in its header)"
+        missing = [entry for entry in _METADATA_ENTRIES if entry not in metadata]
+        if missing:
+            message = (
+                f"{self.path}: a safetensors file, but not one that this version of lossledger wrote "
+                f"(its header lacks {', '.join(missing)})"
+            )
+            raise DamagedFileError(message)
+        if header != _sealed(header[: -len(_HEADER_END)]):
+            message = (
+                f"{self.path}: the header is damaged: it fails its own CRC-32. "
+                "Restore the file from a copy, or leave its steps out."
+            )
             raise DamagedFileError(message)
         self.facts: dict[str, Any] = json.loads(metadata["facts"])
         self._checksums: dict[str, int] = json.loads(metadata["crc32"])
@@ -191,6 +223,9 @@ class TensorFile:
         except (SafetensorError, OSError) as error:
             message = f"{self.path}: tensor {name!r} cannot be read ({error})"
             raise DamagedFileError(message) from error
+        except TypeError as error:
+            message = f"{self.path}: NumPy has no dtype for tensor {name!r} ({error}); read it as a torch tensor"
+            raise FormatError(message) from error
         found = checksum(array)
         if found != self._checksums.get(name):
             message = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -97,7 +98,7 @@ def _wanted(text: str | None, tasks: Sequence[Task]) -> list[Task]:
     if text is None:
         return list(tasks)
     start, separator, stop = text.partition(":")
-    if not separator or not all(part == "" or part.isdigit() for part in (start, stop)):
+    if not separator or not all(part == "" or (part.isascii() and part.isdigit()) for part in (start, stop)):
         message = f"--steps expects START:STOP, got {text!r}"
         raise UsageError(message)
     first, last = int(start or 0), int(stop) if stop else None
@@ -131,12 +132,8 @@ def _replay(options: argparse.Namespace) -> int:
     run = _open(options.run)
     job = _job(options, run)
     opened = replayer(job)
-    if options.overwrite and not options.dry_run:
-        for folder in opened.folders.values():
-            for start, stop in folder.finished():
-                folder.file(start, stop).unlink()
     consecutive = run.consecutive
-    tasks = _wanted(options.steps, plan(job, opened.folders, consecutive))
+    tasks = _wanted(options.steps, plan(job, opened.folders, consecutive, again=options.overwrite))
     steps = sum(task.stop - task.start for task in tasks)
     commandline.say(
         f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(opened.folders)}; "
@@ -171,7 +168,8 @@ def _conclude(options: argparse.Namespace, opened: Replayer) -> int:
                         "shards": str(opened.folders[name].path),
                         "steps": summary.steps,
                         "status": {status.name.lower(): count for status, count in summary.counts.items()},
-                        "worst_residual": summary.residual_worst,
+                        # JSON has no NaN.
+                        "worst_residual": summary.residual_worst if math.isfinite(summary.residual_worst) else None,
                     }
                     for name, summary in summaries.items()
                 }

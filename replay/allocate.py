@@ -88,7 +88,10 @@ class Allocation:
     @property
     def residual(self) -> float:
         """Σ LCA - ΔL, in nats."""
-        return math.fsum(float(entries.sum()) for entries in self.lca.values()) - self.change
+        sums = [float(entries.sum()) for entries in self.lca.values()]
+        # fsum raises where infinities of both signs meet; a diverged step has them.
+        total = math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
+        return total - self.change
 
 
 def allocate(
@@ -185,7 +188,9 @@ def sum_over_units(lca: torch.Tensor, parameter: Parameter) -> UnitSums:
     UnitSums
         Three arrays of shape (units,).
     """
-    rows = lca.movedim(parameter.unit_axis, 0).reshape(parameter.units, -1) if lca.dim() else lca.reshape(1, 1)
+    rows = lca.movedim(parameter.unit_axis, 0) if lca.dim() else lca
+    # The length of a row is not left to reshape: a parameter without entries has none to infer it from.
+    rows = rows.reshape(parameter.units, parameter.size // max(parameter.units, 1))
     positive = rows > 0
     return UnitSums(
         sum=rows.sum(dim=1),

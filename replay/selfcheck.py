@@ -109,14 +109,33 @@ def check_update(run: Run, workload: Workload, *, data: bool) -> Report:
                 known_parameters = True
                 exact &= _compare_parameters(run, step, update, theta, exactly=repeats)
             theta = run.parameters(step.step + 1)
-    again = f"{'step' if len(steps) == 1 else 'steps'} {', '.join(map(str, numbers))} done again"
-    if exact and known_parameters:
-        text = f"{again}: losses and parameters are the recorded ones, bit for bit"
-    elif known_parameters:
-        text = f"{again}: losses and parameters are the recorded ones within rounding"
-    else:
-        text = f"{again}: losses are the recorded ones within rounding (parameters not compared: another recipe)"
-    return Report(steps=numbers, exact=exact and known_parameters, text=text)
+    known_losses = any(micro_batch.loss_sum is not None for step in steps for micro_batch in step.micro_batches)
+    not_compared = []
+    if not known_losses:
+        not_compared.append("losses not compared: the training did not tell them, see Recording.loss")
+    if not known_parameters:
+        reason = f"{run.manifest.optimizer.name} is no optimizer of torch's" if same_recipe else "another recipe"
+        not_compared.append(f"parameters not compared: {reason}")
+    text = _describe(numbers, known_losses, known_parameters, exact, not_compared)
+    return Report(steps=numbers, exact=exact and known_losses and known_parameters, text=text)
+
+
+def _describe(
+    numbers: Sequence[int], known_losses: bool, known_parameters: bool, exact: bool, not_compared: Sequence[str]
+) -> str:
+    again = f"{'step' if len(numbers) == 1 else 'steps'} {', '.join(map(str, numbers))} done again"
+    compared = [word for word, known in (("losses", known_losses), ("parameters", known_parameters)) if known]
+    outcome = (
+        f"{' and '.join(compared)} are the recorded ones{', bit for bit' if exact else ' within rounding'}"
+        if compared
+        else "nothing was compared"
+    )
+    return f"{again}: {outcome}" + (f" ({'; '.join(not_compared)})" if not_compared else "")
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    # A training that diverged in its first steps holds NaN, which differs from itself.
+    return torch.equal(left, right) or bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
 def _steps_to_repeat(run: Run) -> list[Step]:
@@ -124,7 +143,7 @@ def _steps_to_repeat(run: Run) -> list[Step]:
     for t in run.steps[:MOST_STEPS]:
         steps.append(run.step(t))
         before, after = run.parameters(t), run.parameters(t + 1)
-        if any(not torch.equal(before[name], after[name]) for name in after):
+        if any(not _same(before[name], after[name]) for name in after):
             break
     return steps
 
@@ -153,15 +172,18 @@ def _compare_losses(run: Run, step: Step, update: RepeatedUpdate, *, exactly: bo
                 f"{_CAUSES}"
             )
             raise MismatchError(message)
+        if loss_sum == micro_batch.loss_sum or (math.isnan(loss_sum) and math.isnan(micro_batch.loss_sum)):
+            continue
         difference = abs(loss_sum - micro_batch.loss_sum)
         tolerance = 0.0 if exactly else LOSS_TOLERANCE * abs(micro_batch.loss_sum)
-        if difference > tolerance or math.isnan(difference) != math.isnan(micro_batch.loss_sum):
+        # One of them infinite or NaN makes the comparison false, whichever way round it is written.
+        if not (math.isfinite(difference) and difference <= tolerance):
             message = (
                 f"{where}: training recorded a loss of {micro_batch.loss_sum!r} nats over {predictions:g} predictions, "
                 f"doing it again gives {loss_sum!r} (difference {difference:.3g}, allowed {tolerance:.3g}). {_CAUSES}"
             )
             raise MismatchError(message)
-        exact &= difference == 0
+        exact = False
     return exact
 
 
@@ -169,7 +191,7 @@ def _compare_parameters(
     run: Run, step: Step, update: RepeatedUpdate, before: Mapping[str, torch.Tensor], *, exactly: bool
 ) -> bool:
     recorded = run.parameters(step.step + 1)
-    different = [name for name in recorded if not torch.equal(recorded[name], update.parameters[name])]
+    different = [name for name in recorded if not _same(recorded[name], update.parameters[name])]
     if not different:
         return True
     errors = {name: (update.parameters[name].double() - recorded[name].double()).norm().item() for name in different}
@@ -177,8 +199,8 @@ def _compare_parameters(
     error = math.sqrt(sum(value**2 for value in errors.values()))
     relative = error / moved if moved else math.inf
     tolerance = 0.0 if exactly else UPDATE_TOLERANCE
-    if relative > tolerance:
-        worst = max(errors, key=lambda name: errors[name])
+    if not relative <= tolerance:  # NaN passes no comparison
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
         message = (
             f"{run.path}: step {step.step} done again gives other parameters: {len(different)} of {len(recorded)} "
             f"differ, by {relative:.3g} of the update's norm (allowed {tolerance:g}), most of all {worst!r}. {_CAUSES}"

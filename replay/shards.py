@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ FORMAT = "lossledger-shards"
 VERSION = 1
 FOLDER = "shards"
 SETTINGS_FILE = "settings.json"
+LEFTOVER_SECONDS = 3600.0
+"""A temporary file this old is a killed writer's; a younger one may be another process's, at work in the folder."""
 
 _SHARD_NAME = re.compile(r"(\d{8})-(\d{8})\.safetensors")
 
@@ -181,11 +184,12 @@ class ShardFolder:
         Returns
         -------
         ShardFolder
-            The folder, swept of what a killed writer left.
+            The folder, swept of what a killed writer left. Settings that are there already are not written again:
+            other processes make the same folder at the same time.
         """
         folder = cls(Path(run) / FOLDER / settings.hash, settings, parameters, provenance)
         folder.path.mkdir(parents=True, exist_ok=True)
-        durable.sweep(folder.path)
+        _sweep(folder.path)
         document = {
             "format": FORMAT,
             "version": VERSION,
@@ -194,7 +198,9 @@ class ShardFolder:
             "provenance": dict(provenance),
         }
         text = json.dumps(document, indent=1, sort_keys=True) + "\n"
-        durable.write(folder.path / SETTINGS_FILE, lambda stream: _write_text(stream, text))
+        file = folder.path / SETTINGS_FILE
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            durable.write(file, lambda stream: _write_text(stream, text))
         return folder
 
     @classmethod
@@ -222,6 +228,9 @@ class ShardFolder:
         except (OSError, ValueError) as error:
             message = f"{file}: cannot be read as the settings of a folder of shards ({error})"
             raise FormatError(message) from error
+        if not isinstance(document, dict):
+            message = f"{file}: expected a JSON object, found {type(document).__name__}"
+            raise FormatError(message)
         if document.get("format") != FORMAT or document.get("version") != VERSION:
             message = (
                 f"{file}: expected format {FORMAT} version {VERSION}, found {document.get('format')!r} "
@@ -278,6 +287,8 @@ class ShardFolder:
     def write(self, start: int, stop: int, shard: Shard) -> Path:
         """Write the shard of steps `start` to `stop` - 1, durably and all at once.
 
+        A shard of a part of these steps, from when the run had fewer, gives way.
+
         Parameters
         ----------
         start, stop
@@ -299,6 +310,9 @@ class ShardFolder:
                 key = f"{quantity}/{parameter.name}"
                 array = shard.per_unit[quantity][parameter.name]
                 tensors[key] = _checked(key, array, (steps, parameter.units), dtype)
+        for first, last in self.finished():
+            if start <= first and last <= stop and (first, last) != (start, stop):
+                self.file(first, last).unlink()
         path = self.file(start, stop)
         facts = {"format": FORMAT, "version": VERSION, "settings": self.settings.hash, "start": start, "stop": stop}
         tensorfile.write(path, tensors, facts)
@@ -320,12 +334,16 @@ class ShardFolder:
         Raises
         ------
         FormatError
-            If the file was moved here from other settings.
+            If the file was moved here from other settings, or bears the name of other steps.
         """
         path = self.file(start, stop)
         file = tensorfile.TensorFile(path)
         if file.facts.get("settings") != self.settings.hash:
             message = f"{path}: expected a shard of settings {self.settings.hash}, found {file.facts.get('settings')!r}"
+            raise FormatError(message)
+        held = (file.facts.get("start"), file.facts.get("stop"))
+        if held != (start, stop):
+            message = f"{path}: expected the steps of its name, found steps {held[0]} to {held[1]} (not included)"
             raise FormatError(message)
         return Shard(
             per_step={name: file.array(name) for name in PER_STEP},
@@ -366,6 +384,15 @@ def folders(run: Path) -> list[ShardFolder]:
         message = f"{run}: holds no shards; run first: python -m replay --run {run}"
         raise UsageError(message)
     return sorted(replayed, key=lambda folder: (folder.settings.loss_data, folder.settings.hash))
+
+
+def _sweep(folder: Path) -> None:
+    for leftover in folder.glob(f".*{durable.TEMPORARY_SUFFIX}"):
+        try:
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
+        except FileNotFoundError:
+            continue  # its writer has just renamed it
 
 
 def _write_text(stream: Any, text: str) -> None:

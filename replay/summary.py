@@ -92,17 +92,19 @@ def summarise(folder: ShardFolder) -> Summary:
         for name in ("step", "status", "residual", "loss_start", "loss_end", "evaluations")
     )
     size = np.abs(residual)
+    with np.errstate(invalid="ignore"):  # a diverged step: inf - inf is NaN, and says so in the summary
+        change = end - start
     # A residual that is not finite is the worst of all.
     worst = int(np.argmax(np.where(np.isfinite(size), size, np.inf)))
     return Summary(
         steps=len(step),
         counts={member: int((status == member).sum()) for member in Status},
-        change=float((end - start).sum()),
+        change=float(change.sum()),
         residual_median=float(np.median(size)),
         residual_p99=float(np.quantile(size, 0.99)),
         residual_worst=float(size[worst]),
         worst_step=int(step[worst]),
         cumulative_residual=float(residual.sum()),
-        cumulative_change=float(np.abs(end - start).sum()),
+        cumulative_change=float(np.abs(change).sum()),
         evaluations=int(evaluations.sum()),
     )

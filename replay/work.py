@@ -305,7 +305,9 @@ def do(job: Job, task: Task) -> Receipt:
     return replayer(job).replay(task)
 
 
-def plan(job: Job, folders: Mapping[str, ShardFolder], recorded: Sequence[tuple[int, int]]) -> list[Task]:
+def plan(
+    job: Job, folders: Mapping[str, ShardFolder], recorded: Sequence[tuple[int, int]], *, again: bool = False
+) -> list[Task]:
     """List what is still to do: chunks of consecutive recorded steps whose shard is missing.
 
     Chunks start at multiples of the chunk length, so that they are the same whatever was done before.
@@ -318,13 +320,15 @@ def plan(job: Job, folders: Mapping[str, ShardFolder], recorded: Sequence[tuple[
         Loss data to its folder of shards.
     recorded
         Start and stop of consecutive recorded steps.
+    again
+        List the finished chunks too.
 
     Returns
     -------
     list of Task
         In the order of steps.
     """
-    finished = {name: set(folder.finished()) for name, folder in folders.items()}
+    finished = {name: set() if again else set(folder.finished()) for name, folder in folders.items()}
     tasks = []
     for start, stop in recorded:
         first = start

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -154,16 +156,17 @@ def _changes(axes: Axes, book: xr.Dataset) -> None:
     axes.axhline(0, color=style.BLACK, linewidth=0.4)
     axes.plot(step, book["measured"], **MEASURED, label="measured", rasterized=many)
     allocated = book["allocated"].to_numpy()
-    axes.plot(step[~beyond], allocated[~beyond], **ALLOCATED, label="allocated", rasterized=many)
-    axes.plot(step[beyond], allocated[beyond], **BEYOND, label="beyond")
+    axes.plot(step[~beyond], allocated[~beyond], **_dots(step), label="allocated", rasterized=many)
+    _mark(axes, step[beyond], allocated[beyond], BEYOND, "beyond")
     shown = np.concatenate([allocated, book["measured"].to_numpy()])
     exponent = style.scaled_ticks(axes, float(np.nanmax(np.abs(shown), initial=0.0)))
     units = book["measured"].attrs["units"]
     _label(axes, style.axis_label({"long_name": "change of the loss", "units": units}, exponent=exponent, width=18))
     axes.tick_params(axis="x", labelbottom=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    span = max(1, int(step[-1] - step[0])) if len(step) else 1
-    axes.set_xlim(step[0] - 0.02 * span, step[-1] + 0.02 * span)
+    if step.size:
+        air = 0.02 * max(1, int(step[-1] - step[0]))
+        axes.set_xlim(step[0] - air, step[-1] + air)
 
 
 def _residuals(axes: Axes, book: xr.Dataset) -> None:
@@ -176,18 +179,36 @@ def _residuals(axes: Axes, book: xr.Dataset) -> None:
     axes.grid(visible=True, axis="y")
     axes.plot(step, allowed, **TOLERANCE, drawstyle="steps-mid", label="tolerance", rasterized=many)
     within = ~beyond & (size > 0)
-    axes.plot(step[within], size[within], **ALLOCATED, label="residual", rasterized=many)
+    axes.plot(step[within], size[within], **_dots(step), label="residual", rasterized=many)
     # A logarithm has no place for 0: the lower edge stands for it, with a mark of its own.
     zero = ~beyond & (size == 0)
-    axes.plot(step[zero], np.full(zero.sum(), floor), **ZERO, clip_on=False, zorder=4, label="zero")
-    axes.plot(step[beyond], np.maximum(size[beyond], floor), **BEYOND, zorder=4, label="beyond")
+    _mark(axes, step[zero], np.full(zero.sum(), floor), ZERO, "zero")
+    _mark(axes, step[beyond], np.maximum(size[beyond], floor), BEYOND, "beyond")
     lost = (book["status"] == "not_finite").to_numpy()
-    axes.plot(step[lost], np.full(lost.sum(), ceiling), **NOT_FINITE, clip_on=False, zorder=4, label="not finite")
+    _mark(axes, step[lost], np.full(lost.sum(), ceiling), NOT_FINITE, "not finite")
     axes.yaxis.set_major_locator(LogLocator(numticks=5))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", which="minor", left=False)
     units = book["residual"].attrs["units"]
     _label(axes, style.axis_label({"long_name": "|residual|", "units": units}, width=14))
+
+
+def _dots(step: npt.NDArray[np.int64]) -> dict[str, Any]:
+    # Smaller where there are many, or a long run would be one blot that hides the line under it.
+    size = 2.2 * min(1.0, math.sqrt(400 / max(1, len(step))))
+    return {**ALLOCATED, "markersize": max(0.5, size)}
+
+
+def _mark(
+    axes: Axes,
+    step: npt.NDArray[np.int64],
+    amounts: npt.NDArray[np.float64],
+    look: Mapping[str, Any],
+    label: str,
+) -> None:
+    # Marks may stand on an edge of the axes, so they are not clipped; an empty line would have no place at all.
+    if step.size:
+        axes.plot(step, amounts, **look, clip_on=False, zorder=4, label=label, rasterized=len(step) > MANY)
 
 
 def _label(axes: Axes, label: str) -> None:
@@ -197,7 +218,7 @@ def _label(axes: Axes, label: str) -> None:
     axes.yaxis.set_label_coords(-Y_LABEL / inches, 0.5)
 
 
-def _decades(amounts: np.typing.NDArray[np.float64]) -> tuple[float, float]:
+def _decades(amounts: npt.NDArray[np.float64]) -> tuple[float, float]:
     positive = amounts[np.isfinite(amounts) & (amounts > 0)]
     if not positive.size:
         return 1e-6, 1.0

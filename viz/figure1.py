@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -151,7 +152,7 @@ def _panel(axes: Axes, half: xr.DataArray, panel: Panel, colours: Mapping[str, s
         axes.text(0.5, 0.5, "no parameters", transform=axes.transAxes, ha="center", va="center", color=style.GREY)
 
 
-def _group_label(name: str, depths: np.typing.NDArray[np.int64]) -> str:
+def _group_label(name: str, depths: npt.NDArray[np.int64]) -> str:
     if depths.min() < 0:
         return name
     return f"{name}\n{depths.min()}\N{EN DASH}{depths.max()}" if len(depths) > 1 else f"{name}\n{depths[0]}"

@@ -212,4 +212,4 @@ def show(table: Table, stream: TextIO) -> None:
 
 
 def _shown(row: Row) -> list[str]:
-    return ["" if cell is None else format(cell, row.form) for cell in row.cells]
+    return ["" if cell is None else format(cell, row.form).replace("+nan", "nan") for cell in row.cells]

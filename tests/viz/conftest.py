@@ -61,6 +61,8 @@ def make_cube(
     pace = np.exp(-np.arange(steps) / (steps / 3))[None, :, None, None]
     lca = scale * pace * random.normal(-0.6, 1.0, amounts)
     lca[..., layers.index("model"), COMPONENTS.index("embedding")] *= 40
+    # Multiples of a power of two add up exactly in any order, so that tests can ask for the very sum.
+    lca = np.round(lca * 2.0**34) / 2.0**34
     lca[..., ~filled] = np.nan
     codes = np.zeros(amounts[:2], dtype=np.int8)
     residual = 1e-3 * np.nansum(lca, axis=(2, 3)) * random.normal(size=amounts[:2])

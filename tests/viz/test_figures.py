@@ -206,7 +206,7 @@ def test_text_stays_inside_the_page_and_off_other_text(make_cube: MakeCube) -> N
         with style.styled():
             figure.canvas.draw()
             boxes = [text.get_window_extent() for text in (*figure.texts, *figure.legends)]
-            boxes += [axes.get_tightbbox() for axes in figure.axes]
+            boxes += [box for axes in figure.axes if (box := axes.get_tightbbox()) is not None]
         for box in boxes:
             assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
             assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
@@ -248,3 +248,11 @@ def test_many_dots_become_an_image_inside_a_vector_file(make_cube: MakeCube, mon
     monkeypatch.setattr("viz.balance.MANY", 10)
     (line,) = [line for line in plot_balance({"run": make_cube()}).axes[0].lines if line.get_label() == "allocated"]
     assert line.get_rasterized()
+
+
+def test_dots_of_a_long_run_are_smaller(make_cube: MakeCube) -> None:
+    sizes = []
+    for steps in (10, 1000):
+        axes = plot_balance({"run": make_cube(steps=steps)}).axes[0]
+        sizes += [line.get_markersize() for line in axes.lines if line.get_label() == "allocated"]
+    assert sizes[1] < 0.7 * sizes[0]
