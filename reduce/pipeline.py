@@ -173,7 +173,7 @@ def reduce_shard(folder: shards.ShardFolder, start: int, stop: int, grouping: Gr
     if not np.array_equal(found, np.arange(start, stop)):
         message = (
             f"{folder.file(start, stop)}: expected steps {start} to {stop - 1}, found {found.tolist()}; "
-            "was it renamed? Remove it and run python -m replay again."
+            "remove the file and run python -m replay again"
         )
         raise FormatError(message)
     totals = {

@@ -176,7 +176,6 @@ def _compare_losses(run: Run, step: Step, update: RepeatedUpdate, *, exactly: bo
             continue
         difference = abs(loss_sum - micro_batch.loss_sum)
         tolerance = 0.0 if exactly else LOSS_TOLERANCE * abs(micro_batch.loss_sum)
-        # One of them infinite or NaN makes the comparison false, whichever way round it is written.
         if not (math.isfinite(difference) and difference <= tolerance):
             message = (
                 f"{where}: training recorded a loss of {micro_batch.loss_sum!r} nats over {predictions:g} predictions, "

@@ -92,8 +92,9 @@ def summarise(folder: ShardFolder) -> Summary:
         for name in ("step", "status", "residual", "loss_start", "loss_end", "evaluations")
     )
     size = np.abs(residual)
-    with np.errstate(invalid="ignore"):  # a diverged step: inf - inf is NaN, and says so in the summary
+    with np.errstate(invalid="ignore"):  # in a diverged step inf - inf is NaN, as the summary then says
         change = end - start
+        cumulative_residual = residual.sum()
     # A residual that is not finite is the worst of all.
     worst = int(np.argmax(np.where(np.isfinite(size), size, np.inf)))
     return Summary(
@@ -104,7 +105,7 @@ def summarise(folder: ShardFolder) -> Summary:
         residual_p99=float(np.quantile(size, 0.99)),
         residual_worst=float(size[worst]),
         worst_step=int(step[worst]),
-        cumulative_residual=float(residual.sum()),
+        cumulative_residual=float(cumulative_residual),
         cumulative_change=float(np.abs(change).sum()),
         evaluations=int(evaluations.sum()),
     )

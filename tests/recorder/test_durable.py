@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
 from recorder import durable
+
+
+def whole(stream: BinaryIO) -> None:
+    stream.write(b"whole")
 
 
 def failing(stream: BinaryIO) -> None:
@@ -47,7 +53,7 @@ def test_nobody_sees_the_name_before_the_content_is_whole_and_synced(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", spy)
-    durable.write(path, lambda stream: stream.write(b"whole") and None)
+    durable.write(path, whole)
     (temporary, before), (folder, after) = synced
     assert temporary.startswith(".file.")
     assert temporary.endswith(durable.TEMPORARY_SUFFIX)
@@ -69,11 +75,8 @@ def test_the_file_has_the_mode_that_the_umask_asks_for(tmp_path: Path, umask: in
 
 
 def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        with durable.replacing(tmp_path / "file"):
-            os._exit(0)  # as a kill would: nothing is cleaned up
-    os.waitpid(child, 0)
+    killed = "import os, sys, recorder.durable as d\nwith d.replacing(sys.argv[1]): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", killed, tmp_path / "file"], check=False).returncode == 9
     others = [tmp_path / "file", tmp_path / "notes.partial", tmp_path / ".hidden"]
     for other in others:
         other.write_text("mine")

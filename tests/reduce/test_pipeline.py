@@ -197,10 +197,14 @@ def test_loss_data_of_different_updates_are_refused(tmp_path: Path, build: Build
         reduced(tmp_path)
 
 
-def test_a_renamed_shard_is_refused(tmp_path: Path, build: Build, parameters: list[Parameter]) -> None:
-    folder = build(tmp_path, parameters, [(0, 2)])
-    folder.file(0, 2).rename(folder.file(2, 4))
-    with pytest.raises(FormatError, match=r"00000002-00000004.*expected steps 2 to 3, found \[0, 1\]"):
+def test_a_shard_of_other_steps_than_its_name_is_refused(
+    tmp_path: Path, build: Build, parameters: list[Parameter]
+) -> None:
+    def later(shard: Shard) -> Shard:
+        return dataclasses.replace(shard, per_step={**shard.per_step, "step": shard.per_step["step"] + 5})
+
+    build(tmp_path, parameters, [(0, 2)], change=later)
+    with pytest.raises(FormatError, match=r"00000000-00000002.*expected steps 0 to 1, found \[5, 6\]"):
         reduced(tmp_path)
 
 
@@ -208,7 +212,11 @@ def test_memory_does_not_grow_with_the_number_of_steps(
     tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cube, "STEPS_AT_ONCE", 16)
-    table = [Parameter(name=f"w{i}", shape=(400, 2), dtype="float32") for i in range(10)]
+    # One parameter to a layer: what is left of a step is large enough to be noticed if it were kept.
+    table = [
+        Parameter(name=layer, shape=(400, 2), dtype="float32", layer=layer, stack="encoder", depth=depth)
+        for depth, layer in enumerate(f"encoder.{depth}" for depth in range(40))
+    ]
 
     def peak(steps: int) -> int:
         run = tmp_path / str(steps)
@@ -222,7 +230,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(
             tracemalloc.stop()
 
     peak(16)
-    assert peak(256) < 1.1 * peak(64)
+    assert peak(256) < 1.3 * peak(64)
 
 
 def test_reduce_imports_no_torch() -> None:

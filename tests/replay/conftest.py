@@ -1,0 +1,79 @@
+"""Runs to replay, recorded once and copied for every test, and the command line as a function."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from replay import shards
+from replay.__main__ import main
+from replay.shards import ShardFolder
+from replay.work import replayer
+from tests import cases
+
+Files = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    """Undo what a replay leaves behind in its process: the replayer, torch's threads, its random state."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    replayer.cache_clear()
+    yield
+    replayer.cache_clear()
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps in float32, in segments of three; not to be changed."""
+    run = tmp_path_factory.mktemp("recorded") / "run"
+    cases.train(run, segment_steps=3)
+    return run
+
+
+@pytest.fixture
+def run(recorded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(recorded, tmp_path / "run"))
+
+
+@pytest.fixture
+def replay() -> Callable[..., int]:
+    """``replay(run, "--rule", "euler")``: the command line with the run's own workload, on its batches, in this process."""
+
+    def command(run: Path, *arguments: str, workload: str = "recorded", loss_data: tuple[str, ...] = ("batch",)) -> int:
+        chosen = [text for name in loss_data for text in ("--loss-data", name)]
+        return main(["--run", str(run), "--workload", workload, "--workers", "1", *chosen, *arguments])
+
+    return command
+
+
+@pytest.fixture
+def folder() -> Callable[[Path, str], ShardFolder]:
+    """The only folder of shards of a loss data."""
+
+    def find(run: Path, loss_data: str) -> ShardFolder:
+        (found,) = (folder for folder in shards.folders(run) if folder.settings.loss_data == loss_data)
+        return found
+
+    return find
+
+
+@pytest.fixture
+def stamps() -> Callable[[Path], Files]:
+    """Every file below a folder with what changes when it is written again, even with the same bytes."""
+
+    def look(folder: Path) -> Files:
+        return {
+            str(file.relative_to(folder)): (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes())
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+
+    return look

@@ -1,0 +1,145 @@
+"""The whole way from run to shards against brute force that shares no code with the engine.
+
+In float64, by 64-point Gauss-Legendre quadrature of autograd's gradient, summed into cells by a table of names
+written out by hand. The steps are short enough for Simpson's own error to stay below the target of 1e-6.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from recorder.runformat import Run
+from replay.shards import ShardFolder
+from tests import cases
+
+STEPS = 4
+TARGET = 1e-6
+FLOOR = 1e-9
+"""Of the step's Σ|cell|: an absolute floor for a cell or head that happens to pass through zero."""
+
+CELLS = {
+    r"decoder\.embed_tokens\.weight": "embedding",
+    r"decoder\.layers\.(\d)\.self_attn\.k_proj\.(weight|bias)": "key",
+    r"decoder\.layers\.(\d)\.self_attn\.q_proj\.(weight|bias)": "query",
+    r"decoder\.layers\.(\d)\.self_attn\.v_proj\.(weight|bias)": "value",
+    r"decoder\.layers\.(\d)\.self_attn\.out_proj\.(weight|bias)": "out",
+    r"decoder\.layers\.(\d)\.fc1\.(weight|bias)": "W1",
+    r"decoder\.layers\.(\d)\.fc2\.(weight|bias)": "W2",
+    r"decoder\.layers\.(\d)\.(self_attn|final)_layer_norm\.(weight|bias)": "norm",
+}
+
+
+def _cell(name: str) -> tuple[str, str]:
+    for pattern, component in CELLS.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            return ("model" if component == "embedding" else f"decoder.{match[1]}"), component
+    raise AssertionError(name)
+
+
+def _mean_loss(model: nn.Module, theta: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    logits = torch.func.functional_call(model, theta, (tokens[:, :-1],))
+    chosen = logits.gather(-1, tokens[:, 1:, None])[..., 0]
+    return (logits.logsumexp(-1) - chosen).mean()
+
+
+def _brute_force(run: Path, loss_data: str) -> Iterator[dict[str, Any]]:
+    """Yield for every step the LCA of every entry and both losses."""
+    opened, model = Run(run), cases.workload_float64().model()
+    text = torch.randint(13, (64, 7), generator=torch.Generator().manual_seed(5))
+    probe = text[np.random.default_rng(0).choice(48, size=16, replace=False)]
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    for t in range(STEPS):
+        batch = text[torch.cat([entry.indices for entry in opened.step(t).micro_batches])]
+        tokens = batch if loss_data == "batch" else probe
+        start, end = opened.parameters(t), opened.parameters(t + 1)
+        total = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+        for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+            theta = {name: ((1 - node) * start[name] + node * end[name]).requires_grad_() for name in start}
+            gradients = torch.autograd.grad(_mean_loss(model, theta, tokens), list(theta.values()))
+            for name, gradient in zip(theta, gradients, strict=True):
+                total[name] += weight * gradient
+        with torch.no_grad():
+            losses = [float(_mean_loss(model, theta, tokens)) for theta in (start, end)]
+        yield {"lca": {name: total[name] * (end[name] - start[name]) for name in start}, "losses": losses}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("brute") / "run"
+    cases.train(
+        run,
+        steps=STEPS,
+        factory=cases.workload_float64,
+        make_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+    )
+    return run
+
+
+def _worst(found: dict[Any, float], expected: dict[Any, float], scale: float) -> float:
+    assert found.keys() == expected.keys()
+    return max(
+        abs(found[key] - expected[key]) / max(abs(expected[key]), FLOOR / TARGET * scale) for key in expected
+    )
+
+
+@pytest.mark.parametrize("loss_data", ["batch", "probe"])
+def test_every_cell_and_every_head_of_every_step_agrees_with_brute_force(
+    run: Path,
+    loss_data: str,
+    replay: Callable[..., int],
+    folder: Callable[[Path, str], ShardFolder],
+    record_property: Callable[[str, object], None],
+) -> None:
+    assert replay(run, loss_data=("probe:16" if loss_data == "probe" else "batch",)) == 0
+    shards = folder(run, loss_data)
+    shard = shards.read(0, STEPS)
+    worst_cell = worst_head = worst_unit = 0.0
+    for t, truth in enumerate(_brute_force(run, loss_data)):
+        cells: dict[tuple[str, str], float] = {}
+        positive: dict[tuple[str, str], float] = {}
+        expected_cells: dict[tuple[str, str], float] = {}
+        expected_positive: dict[tuple[str, str], float] = {}
+        heads: dict[tuple[str, int], float] = {}
+        expected_heads: dict[tuple[str, int], float] = {}
+        for parameter in shards.parameters:  # the engine's own table decides its cells
+            key = (parameter.layer, parameter.component)
+            cells[key] = cells.get(key, 0.0) + float(shard.per_unit["sum"][parameter.name][t].sum())
+            positive[key] = positive.get(key, 0.0) + float(shard.per_unit["positive_sum"][parameter.name][t].sum())
+            if parameter.heads and len(parameter.shape) == 2:
+                blocks = shard.per_unit["sum"][parameter.name][t].reshape(parameter.heads, -1).sum(axis=1)
+                heads |= {(parameter.name, head): float(block) for head, block in enumerate(blocks)}
+        for name, entries in truth["lca"].items():
+            key = _cell(name)
+            expected_cells[key] = expected_cells.get(key, 0.0) + float(entries.sum())
+            expected_positive[key] = expected_positive.get(key, 0.0) + float(entries.clamp(min=0).sum())
+            projection = re.search(r"self_attn\.(k|q|v|out)_proj\.weight", name)
+            if projection:
+                for head in (0, 1):
+                    own = slice(4 * head, 4 * head + 4)
+                    of_head = entries[:, own] if projection[1] == "out" else entries[own]
+                    expected_heads[name, head] = float(of_head.sum())
+            per_unit = entries.sum(dim=0 if re.search(r"(out_proj|fc2)\.weight", name) else 1) if entries.dim() == 2 else entries
+            error = float((per_unit - torch.tensor(shard.per_unit["sum"][name][t])).abs().max())
+            worst_unit = max(worst_unit, error / float(entries.abs().sum()))
+        scale = sum(map(abs, expected_cells.values()))
+        worst_cell = max(worst_cell, _worst(cells, expected_cells, scale), _worst(positive, expected_positive, scale))
+        worst_head = max(worst_head, _worst(heads, expected_heads, scale))
+        assert len(cells) == 1 + 2 * 7
+        assert len(heads) == 2 * 4 * 2
+        losses = [shard.per_step[name][t] for name in ("loss_start", "loss_end")]
+        np.testing.assert_allclose(losses, truth["losses"], rtol=1e-13)
+        assert abs(shard.per_step["residual"][t]) < TARGET * abs(losses[1] - losses[0])
+    record_property("worst_relative_error", f"cells {worst_cell:.1e}, heads {worst_head:.1e}, units {worst_unit:.1e}")
+    print(loss_data, worst_cell, worst_head, worst_unit)
+    assert worst_cell < TARGET
+    assert worst_head < TARGET
+    assert worst_unit < TARGET

@@ -1,0 +1,72 @@
+"""Quadrature rules are what they claim, and no other claim is let through."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recorder.errors import UsageError
+from replay.quadrature import RULES, Rule, rule_named
+
+SIMPSON = RULES["simpson"]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+def test_the_error_of_one_step_falls_with_the_claimed_order(rule: Rule) -> None:
+    # f(x) = e^2x + x^7: no derivative vanishes within the steps.
+    lengths = [2.0**-power for power in range(2, 6)]
+    errors = []
+    for length in lengths:
+        values = [math.exp(2 * length * node) + (length * node) ** 7 for node in rule.nodes]
+        approximate = length * math.fsum(weight * value for weight, value in zip(rule.weights, values, strict=True))
+        errors.append(abs(approximate - (math.exp(2 * length) - 1) / 2 - length**8 / 8))
+    slope = np.polyfit(np.log(lengths), np.log(errors), 1)[0]
+    assert slope == pytest.approx(rule.order + 1, abs=0.2)
+
+
+@given(rule=st.sampled_from(list(RULES.values())), data=st.data())
+def test_polynomials_of_degree_below_the_order_are_integrated_exactly(rule: Rule, data: st.DataObject) -> None:
+    coefficients = data.draw(st.lists(st.floats(-1e3, 1e3), min_size=rule.order, max_size=rule.order))
+    values = [math.fsum(c * node**degree for degree, c in enumerate(coefficients)) for node in rule.nodes]
+    approximate = math.fsum(weight * value for weight, value in zip(rule.weights, values, strict=True))
+    exact = math.fsum(c / (degree + 1) for degree, c in enumerate(coefficients))
+    assert approximate == pytest.approx(exact, rel=0, abs=1e-14 * math.fsum(map(abs, coefficients)))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"order": 5}, r"order 5 is claimed, but a\^4 is integrated to 8.3e-03"),
+        ({"order": 3}, r"order 3 is claimed, but a\^3 is integrated to 0.0e\+00"),
+        ({"weights": (1 / 4, 1 / 2, 1 / 4)}, r"order 4 is claimed, but a\^2"),
+        ({"weights": (1 / 6, 4 / 6, 1 / 6 + 1e-9)}, r"order 4 is claimed, but a\^0 is integrated to 1.0e-09"),
+        ({"weights": (1 / 6, 5 / 6)}, "3 nodes but 2 weights"),
+        ({"nodes": (0, 1, 1 / 2)}, "do not increase"),
+        ({"nodes": (-1 / 2, 1 / 2, 3 / 2)}, r"within \[0, 1\]"),
+    ],
+)
+def test_a_rule_that_is_not_what_it_claims_is_refused(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=f"rule simpson: .*{complaint}"):
+        dataclasses.replace(SIMPSON, **change)
+
+
+def test_rules_say_which_ends_of_the_step_they_evaluate() -> None:
+    ends = {name: (rule.starts_at_start, rule.ends_at_end) for name, rule in RULES.items()}
+    assert ends == {
+        "simpson": (True, True),
+        "trapezoid": (True, True),
+        "midpoint": (False, False),
+        "euler": (True, False),
+        "gauss2": (False, False),
+    }
+
+
+def test_an_unknown_rule_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="unknown rule 'simson'; the rules are simpson, trapezoid, midpoint, euler, g"):
+        rule_named("simson")
