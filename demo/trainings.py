@@ -1,8 +1,8 @@
 """The three trainings of the demo: the paper's settings, at the size of a coffee break.
 
 Vázquez et al. (COLING 2022) train a translation model, a causal and a masked language model of twelve layers each, with
-Adam (0.9, 0.98, eps 1e-6), weight decay 0.01, polynomial decay with warm-up, dropout 0.1, no attention dropout, ReLU, no
-gradient clipping and two micro-batches an update. Width, batch and length are ours, chosen to fit the time.
+Adam (0.9, 0.98, eps 1e-6), weight decay 0.01, polynomial decay with warm-up, dropout 0.1, no attention dropout, ReLU,
+no gradient clipping and two micro-batches an update. Width, batch and length are ours, chosen to fit the time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LENGTH = 64
 
 SHARED = (
     *("--optimizer", "adam", "--adam-betas", "(0.9,0.98)", "--adam-eps", "1e-6", "--weight-decay", "0.01"),
-    *("--lr-scheduler", "polynomial_decay", "--lr", "1e-3", "--dropout", "0.1", "--attention-dropout", "0"),
+    *("--lr-scheduler", "polynomial_decay", "--lr", "5e-4", "--dropout", "0.1", "--attention-dropout", "0"),
     *("--activation-fn", "relu", "--clip-norm", "0", "--update-freq", "2", "--max-tokens", str(TOKENS)),
     # What fairseq writes and prints of itself is not wanted here; the run is what the training leaves.
     *("--no-save", "--disable-validation", "--no-progress-bar", "--log-format", "simple", "--log-interval", "20"),
@@ -58,7 +58,7 @@ def trainings(text: PreparedText, *, updates: int, layers: int = LAYERS) -> tupl
     text
         The binarised data.
     updates
-        Updates of each training; a sixth of them warm up.
+        Updates of each training; a quarter of them warm up.
     layers
         Layers of each model, half of them in the translation model's encoder.
 
@@ -67,7 +67,8 @@ def trainings(text: PreparedText, *, updates: int, layers: int = LAYERS) -> tupl
     tuple of Training
         Translation, causal language model, masked language model.
     """
-    schedule = ("--max-update", str(updates), "--total-num-update", str(updates), "--warmup-updates", str(updates // 6))
+    warm_up = max(2, updates // 4)
+    schedule = ("--max-update", str(updates), "--total-num-update", str(updates), "--warmup-updates", str(warm_up))
     shared = (*SHARED, *schedule)
     return (
         Training(name="translation", title="translation", arguments=(*_translation(text.translation, layers), *shared)),

@@ -33,6 +33,8 @@ def take_apart(batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
     def visit(value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
+            while path in tensors:  # a key may itself hold a dot
+                path += "'"
             tensors[path] = value.detach().to("cpu", copy=True).contiguous()
             return {"tensor": path}
         return _visit_nest(value, path, visit)

@@ -222,7 +222,9 @@ class Segment:
         self.start: int = facts["start"]
         self.stop: int = facts["stop"]
         if path.name != segment_file(path, self.start, self.stop).name:
-            message = f"{path}: expected the steps of its name, found steps {self.start} to {self.stop - 1}; was it renamed?"
+            message = (
+                f"{path}: expected the steps of its name, found steps {self.start} to {self.stop - 1}; was it renamed?"
+            )
             raise FormatError(message)
 
     def parameters(self, t: int) -> dict[str, torch.Tensor]:

@@ -332,7 +332,7 @@ class Recording:
         changed = {
             name
             for name, buffer in self._model.named_buffers()
-            if name not in self._buffers or not torch.equal(buffer, self._buffers[name])
+            if name not in self._buffers or not _same_bits(buffer, self._buffers[name])
         }
         if self._manifest is not None and changed - self._changing_buffers:
             self._changing_buffers |= changed
@@ -473,6 +473,12 @@ def _hyperparameter(value: Any) -> Any:
         value = float(value)
         return value if math.isfinite(value) else repr(value)  # JSON has no NaN and no infinity
     return value
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    # NaN is no change: fairseq keeps a buffer of memory that it never fills.
+    bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
 
 
 def _entries(gradient: torch.Tensor) -> torch.Tensor:

@@ -59,13 +59,23 @@ def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[
         ) as cluster,
         Client(cluster) as client,
     ):
-        futures = [client.submit(do, job, task, pure=False, key=f"steps-{task.start}-{task.stop}") for task in tasks]
+        futures = [
+            client.submit(_outcome, job, task, pure=False, key=f"steps-{task.start}-{task.stop}") for task in tasks
+        ]
         for future in as_completed(futures):
             error = future.exception()
             if error is not None:
-                if isinstance(error, LossledgerError):
-                    raise error
                 message = f"{future.key} failed in its worker: {type(error).__name__}: {error}"
                 raise LossledgerError(message) from error
-            receipt: Receipt = future.result()
-            yield receipt
+            outcome: Receipt | LossledgerError = future.result()
+            if isinstance(outcome, LossledgerError):
+                raise outcome
+            yield outcome
+
+
+def _outcome(job: Job, task: Task) -> Receipt | LossledgerError:
+    # Of an error that is raised dask logs a traceback; one meant for the user is handed back instead.
+    try:
+        return do(job, task)
+    except LossledgerError as error:
+        return error

@@ -36,6 +36,32 @@ class Evaluation:
     gradient: Mapping[str, torch.Tensor]
 
 
+def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Copy values into a model's parameters.
+
+    Parameters
+    ----------
+    parameters
+        Name to parameter of a live model.
+    values
+        A value for each.
+
+    Raises
+    ------
+    FormatError
+        If a parameter has another shape than its value.
+    """
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != values[name].shape:
+                message = (
+                    f"parameter {name!r} has shape {tuple(values[name].shape)} in the run, but "
+                    f"{tuple(parameter.shape)} in the model that the workload builds"
+                )
+                raise FormatError(message)
+            parameter.copy_(values[name])
+
+
 class LossSurface:
     """A model as a function from parameters and micro-batches to loss and gradient, dropout off.
 
@@ -74,19 +100,7 @@ class LossSurface:
         self._parameters = {name: present[name] for name in names}
         for name, parameter in present.items():
             parameter.requires_grad_(name in self._parameters)
-        self._set({name: present[name] for name in fixed}, fixed)
-
-    @staticmethod
-    def _set(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                if parameter.shape != values[name].shape:
-                    message = (
-                        f"parameter {name!r} has shape {tuple(values[name].shape)} in the run, but "
-                        f"{tuple(parameter.shape)} in the model that the workload builds"
-                    )
-                    raise FormatError(message)
-                parameter.copy_(values[name])
+        set_parameters({name: present[name] for name in fixed}, fixed)
 
     def evaluate(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> Evaluation:
         """Compute loss and gradient at parameters `theta`.
@@ -103,7 +117,7 @@ class LossSurface:
         Evaluation
             Mean loss and its gradient.
         """
-        self._set(self._parameters, theta)
+        set_parameters(self._parameters, theta)
         for parameter in self._parameters.values():
             parameter.grad = None
         loss_sum, predictions = 0.0, 0.0
@@ -132,7 +146,7 @@ class LossSurface:
         float
             In nats.
         """
-        self._set(self._parameters, theta)
+        set_parameters(self._parameters, theta)
         loss_sum, predictions = 0.0, 0.0
         with torch.no_grad():
             for micro_batch in micro_batches:

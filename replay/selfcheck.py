@@ -21,6 +21,7 @@ from recorder.errors import MismatchError
 from recorder.recipe import current_recipe
 from recorder.runformat import Run, Step
 from recorder.workload import RepeatedUpdate, RepeatsUpdates, Workload
+from replay.gradients import set_parameters
 from replay.lossdata import recorded_or_collated, verify_collation
 
 LOSS_TOLERANCE = 1e-4
@@ -219,9 +220,7 @@ def _repeat_updates(
     model = workload.model().to(device)
     model.train()
     named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in theta.items():
-            named[name].copy_(tensor)
+    set_parameters({name: named[name] for name in theta}, theta)
     optimizer = _rebuild_optimizer(run, named, state)
     for step in steps:
         losses = []

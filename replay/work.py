@@ -207,7 +207,8 @@ class Replayer:
             Bytes.
         """
         units = sum(parameter.units for parameter in self._trained)
-        per_step = len(PER_UNIT) * units * 8 + len(PER_STEP) * 8
+        of_units = units * sum(np.dtype(dtype).itemsize for dtype in PER_UNIT.values())
+        per_step = of_units + sum(np.dtype(dtype).itemsize for dtype in PER_STEP.values())
         return per_step * (task.stop - task.start) * len(task.loss_data)
 
     def _theta(self, t: int) -> dict[str, torch.Tensor]:

@@ -81,8 +81,8 @@ def plot_figure1(cubes: Mapping[str, xr.Dataset], *, data: str) -> Figure:
 def _caption(data: str) -> str:
     return (
         f"{wording.SIGN} The loss is {wording.meaning(data)}. Each bar is one layer's weights and biases of the "
-        "component, from the lowest layer on the left. Embeddings, positions, norms and the output layer stand in "
-        "the table: their scale is another."
+        "component, from the lowest layer on the left; the number beside a component is the sum of its bars, in nats. "
+        "Embeddings, positions, norms and the output layer stand in the table: their scale is another."
     )
 
 
@@ -130,11 +130,13 @@ def _row(
 
 
 def _panel(axes: Axes, half: xr.DataArray, panel: Panel, colours: Mapping[str, str]) -> None:
-    axes.set_title(panel.title, pad=3)
+    heights = half.sel(panel=panel.title).to_numpy()
+    empty = np.isnan(heights).all()
+    # Panels share a scale, on which a small component is a line: its sum says what the eye can't see.
+    axes.set_title(panel.title if empty else f"{panel.title}  {wording.number(float(np.nansum(heights)), 2)}", pad=3)
     axes.grid(visible=True, axis="y")
     axes.spines["bottom"].set_visible(False)
     axes.axhline(0, color=style.BLACK, linewidth=0.6, zorder=3)
-    heights = half.sel(panel=panel.title).to_numpy()
     groups = half["group"].to_numpy()
     names = list(dict.fromkeys(groups))
     places = np.arange(len(groups)) + BETWEEN_GROUPS * np.array([names.index(group) for group in groups])
@@ -148,7 +150,7 @@ def _panel(axes: Axes, half: xr.DataArray, panel: Panel, colours: Mapping[str, s
         labels.append(_group_label(name, half["depth"].to_numpy()[inside]))
     axes.set_xticks(ticks, labels)
     axes.tick_params(axis="x", length=0, labelsize=GROUP_LABEL)
-    if np.isnan(heights).all():
+    if empty:
         axes.text(0.5, 0.5, "no parameters", transform=axes.transAxes, ha="center", va="center", color=style.GREY)
 
 

@@ -75,20 +75,22 @@ def steps(totals: Totals) -> str:
     return f"{number}: {', '.join(parts)}"
 
 
-def number(amount: float) -> str:
+def number(amount: float, digits: int = 4) -> str:
     """Write an amount for reading.
 
     Parameters
     ----------
     amount
         In any units.
+    digits
+        Significant digits.
 
     Returns
     -------
     str
-        Four significant digits, with a sign and a typographic minus.
+        With a sign and a typographic minus.
     """
-    return f"{amount:+.4g}".replace("-", "\N{MINUS SIGN}")
+    return f"{amount:+.{digits}g}".replace("-", "\N{MINUS SIGN}")
 
 
 def power(amount: float) -> str:

@@ -84,7 +84,9 @@ def fairseq_config(arguments: Sequence[str], directory: Path, *, run_user_code: 
                 "unless you say so: pass --workload recorded"
             )
             raise UsageError(message)
-        utils.import_user_module(argparse.Namespace(user_dir=str(directory / user_dir)))
+        place = str(directory / user_dir)
+        utils.import_user_module(argparse.Namespace(user_dir=place))
+        arguments = [*arguments, "--user-dir", place]  # fairseq imports it once more, and from the current folder
     try:
         with quietly():
             parser = options.get_training_parser()

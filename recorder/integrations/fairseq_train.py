@@ -6,11 +6,14 @@ micro-batch that the criterion receives, and leaves the rest to the optimizer's 
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from recorder.errors import UsageError
 from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq, fairseq_config, quietly
@@ -18,6 +21,7 @@ from recorder.manifest import Trainer
 from recorder.session import Batches, Recording, empty_folder, watch
 
 import fairseq_cli.train  # isort: skip (importable once the shim has run)
+from fairseq.data import data_utils  # isort: skip
 from fairseq.trainer import Trainer as FairseqTrainer  # isort: skip
 
 
@@ -113,6 +117,15 @@ def _refuse_unsupported(config: Any) -> None:
         raise UsageError(message)
 
 
+def _inferred_languages(config: Any) -> list[str]:
+    # fairseq infers them from the names of the data's files; the run keeps none of those.
+    task = config.task
+    if "source_lang" not in task or "target_lang" not in task or (task.source_lang and task.target_lang):
+        return []
+    source, target = data_utils.infer_language_pair(config.task.data.split(":", maxsplit=1)[0])
+    return ["--source-lang", source, "--target-lang", target] if source and target else []
+
+
 def train(run: Path, arguments: Sequence[str], *, batches: Batches, segment_steps: int) -> None:
     """Train as ``fairseq-train ARGUMENTS`` would, and record every update.
 
@@ -135,12 +148,14 @@ def train(run: Path, arguments: Sequence[str], *, batches: Batches, segment_step
         message = "the arguments name no task with binarised data; see fairseq-train --help"
         raise UsageError(message)
     _refuse_unsupported(config)
-    session = _Session(empty_folder(run), arguments, batches, segment_steps, config.task.data)
+    recorded = [*arguments, *_inferred_languages(config)]
+    session = _Session(empty_folder(run), recorded, batches, segment_steps, config.task.data)
     interrupted: str | None = "training ended with an error"
     argv, sys.argv = sys.argv, ["fairseq-train", *arguments]
     stock, fairseq_cli.train.Trainer = fairseq_cli.train.Trainer, _recorded_trainer(session)
     try:
-        with quietly():
+        # A checkpoint to resume from holds its arguments as a Namespace, which torch.load refuses by default.
+        with quietly(), torch.serialization.safe_globals([argparse.Namespace]):
             fairseq_cli.train.cli_main()
         interrupted = None
     finally:

@@ -145,7 +145,8 @@ class FairseqWorkload:
         dataset = self._dataset(split)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
-        sample = dataset.collater([dataset[index] for index in indices])
+        with quietly():
+            sample = dataset.collater([dataset[index] for index in indices])
         position = {int(index): row for row, index in enumerate(sample["id"])}
         order = torch.tensor([position[int(index)] for index in indices])
         return _permute_rows(sample, order)

@@ -39,7 +39,7 @@ def same(left: Any, right: Any) -> bool:
         return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right or (left != left and right != right))  # noqa: PLR0124 (NaN)
+    return bool(left == right or (left != left and right != right))  # NaN
 
 
 @settings(max_examples=150, deadline=None)
@@ -58,6 +58,13 @@ def test_the_tensors_are_named_by_their_path_and_are_copies_in_host_memory() -> 
     ids.zero_()  # a loader that reuses its buffers
     assert taken["batch.id"].tolist() == [3, 1]
     assert taken["batch.net_input.src.0"].is_contiguous()
+
+
+def test_keys_with_dots_never_make_two_tensors_one() -> None:
+    batch = {"a.b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "a.b'": torch.tensor(3)}
+    nest, taken = batches.take_apart(batch)
+    assert len(taken) == 3
+    assert same(batches.put_together(nest, taken.__getitem__), batch)
 
 
 def test_a_tensor_that_wants_a_gradient_is_recorded_without_its_graph() -> None:

@@ -22,6 +22,11 @@ def failing(stream: BinaryIO) -> None:
     raise OSError(28, "No space left on device")
 
 
+def interrupted(stream: BinaryIO) -> None:
+    stream.write(b"new")
+    raise KeyboardInterrupt
+
+
 def test_an_error_while_writing_leaves_neither_a_file_nor_a_temporary(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         durable.write(tmp_path / "file", failing)
@@ -33,9 +38,8 @@ def test_an_error_or_interrupt_while_replacing_leaves_the_old_file_whole(tmp_pat
     path.write_bytes(b"old")
     with pytest.raises(OSError, match="No space left"):
         durable.write(path, failing)
-    with pytest.raises(KeyboardInterrupt), durable.replacing(path) as temporary:
-        temporary.write_bytes(b"new")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        durable.write(path, interrupted)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -48,8 +52,8 @@ def test_nobody_sees_the_name_before_the_content_is_whole_and_synced(
     fsync = os.fsync
 
     def spy(descriptor: int) -> None:
-        what = os.readlink(f"/proc/self/fd/{descriptor}")
-        synced.append((Path(what).name, path.read_bytes() if path.exists() else None))
+        what = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((what.name, path.read_bytes() if path.exists() else None))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", spy)

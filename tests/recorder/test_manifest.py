@@ -136,7 +136,7 @@ def test_a_manifest_with_an_entry_of_the_wrong_kind_is_a_format_error(changes: d
 
 
 def test_a_missing_folder_and_a_folder_that_is_no_run_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such run folder: .*nowhere"):
+    with pytest.raises(UsageError, match=r"no such run folder: .*nowhere"):
         Manifest.read(tmp_path / "nowhere")
     with pytest.raises(UsageError, match=r"is no run: it holds no manifest\.json.*recorder\.watch"):
         Manifest.read(tmp_path)

@@ -98,7 +98,7 @@ def test_a_frozen_tensor_is_untrained_and_a_tied_one_stands_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3), "c": nn.Linear(2, 3)})
     model["b"].weight = model["a"].weight
     model["c"].weight = model["a"].weight
-    model["b"].bias.requires_grad_(requires_grad=False)
+    model["b"].bias.requires_grad_(False)
     table = {parameter.name: parameter for parameter in parameter_table(model, [])}
     assert list(table) == ["a.weight", "a.bias", "b.bias", "c.bias"]
     assert table["a.weight"].aliases == ("b.weight", "c.weight")
@@ -130,8 +130,6 @@ def test_a_row_that_makes_no_sense_is_refused_with_the_reason(changes: dict[str,
 def test_a_row_with_missing_and_unknown_fields_names_them_all() -> None:
     document = row().to_dict() | {"colour": "red", "size": 24}
     del document["dtype"], document["shape"]
-    expected = (
-        "parameter table, row 'decoder.w': missing fields ['dtype', 'shape'], unknown fields ['colour', 'size']"
-    )
+    expected = "parameter table, row 'decoder.w': missing fields ['dtype', 'shape'], unknown fields ['colour', 'size']"
     with pytest.raises(FormatError, match=re.escape(expected)):
         Parameter.from_dict(document)

@@ -106,7 +106,9 @@ def test_numpy_arrays_are_written_and_read_like_tensors(
 def test_stock_safetensors_readers_open_the_file(small: Path) -> None:
     loaded = safetensors.torch.load_file(small)
     assert set(loaded) == set(SMALL)
-    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in SMALL.items())
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in SMALL.items()
+    )
     numpy_path = small.with_name("numpy.safetensors")
     tensorfile.write(numpy_path, {"x": np.arange(4).reshape(2, 2)}, {})
     np.testing.assert_array_equal(safetensors.numpy.load_file(numpy_path)["x"], [[0, 1], [2, 3]])
@@ -194,7 +196,7 @@ def test_what_safetensors_or_json_cannot_hold_is_refused_before_a_file_appears(t
 
 
 def test_numpy_says_that_it_has_no_bfloat16(small: Path) -> None:
-    with pytest.raises(FormatError, match="tensor 'half'.*read it as a torch tensor"):
+    with pytest.raises(FormatError, match=r"tensor 'half'.*read it as a torch tensor"):
         TensorFile(small).array("half")
 
 

@@ -15,6 +15,7 @@ from replay.__main__ import main
 from replay.shards import ShardFolder
 from replay.work import replayer
 from tests import cases
+from tests.replay.variants import one_thread
 
 Files = dict[str, Any]
 
@@ -22,11 +23,11 @@ Files = dict[str, Any]
 @pytest.fixture(autouse=True)
 def fresh_process() -> Iterator[None]:
     """Undo what a replay leaves behind in its process: the replayer, torch's threads, its random state."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    state = torch.get_rng_state()
     replayer.cache_clear()
-    yield
+    with one_thread():
+        yield
     replayer.cache_clear()
-    torch.set_num_threads(threads)
     torch.set_rng_state(state)
 
 
@@ -34,7 +35,8 @@ def fresh_process() -> Iterator[None]:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps in float32, in segments of three; not to be changed."""
     run = tmp_path_factory.mktemp("recorded") / "run"
-    cases.train(run, segment_steps=3)
+    with one_thread():
+        cases.train(run, segment_steps=3)
     return run
 
 
@@ -45,7 +47,7 @@ def run(recorded: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def replay() -> Callable[..., int]:
-    """``replay(run, "--rule", "euler")``: the command line with the run's own workload, on its batches, in this process."""
+    """The command line with the run's own workload, on its batches, in this process."""
 
     def command(run: Path, *arguments: str, workload: str = "recorded", loss_data: tuple[str, ...] = ("batch",)) -> int:
         chosen = [text for name in loss_data for text in ("--loss-data", name)]
