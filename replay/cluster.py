@@ -6,6 +6,8 @@ default LocalCluster lets any local user run code as its owner.
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Iterator, Sequence
 
 import dask
@@ -18,7 +20,6 @@ _CONFIGURATION = {
     # Without it a cluster whose workers all died waits for ever.
     "distributed.scheduler.no-workers-timeout": "60s",
     "distributed.worker.multiprocessing-method": "spawn",
-    "distributed.logging.distributed": "error",
 }
 
 
@@ -45,6 +46,9 @@ def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[
         If a task fails; what the others have finished is on disk.
     """
     environment = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    # dask reads its log level when it is imported, in a worker from the environment. What it logs of workers stopped at
+    # their work, after an error or an interrupt, would bury the one line for the user.
+    environment["DASK_DISTRIBUTED__LOGGING__DISTRIBUTED"] = "critical"
     # dask's nanny makes the workers as daemons, from a fresh interpreter: no state of this process leaks into them.
     with (
         dask.config.set(_CONFIGURATION | {"distributed.nanny.pre-spawn-environ": environment}),
@@ -56,6 +60,7 @@ def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[
             security=True,
             dashboard_address=None,
             memory_limit=0,
+            silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
     ):
@@ -74,8 +79,11 @@ def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[
 
 
 def _outcome(job: Job, task: Task) -> Receipt | LossledgerError:
-    # Of an error that is raised dask logs a traceback; one meant for the user is handed back instead.
     try:
         return do(job, task)
     except LossledgerError as error:
         return error
+    except Exception:
+        # A bug of ours keeps its traceback: here it is still the worker's own.
+        traceback.print_exc()
+        raise

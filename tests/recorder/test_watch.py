@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import random
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -621,7 +623,7 @@ def test_an_exception_in_the_training_keeps_every_step_and_says_incomplete(
         assert_equal(run.parameters(t), theta)
 
 
-def test_after_the_recording_the_optimizer_is_free_of_hooks(tmp_path: Path) -> None:
+def test_after_the_recording_the_optimizer_steps_on_and_holds_nothing_of_it(tmp_path: Path) -> None:
     model = perceptron()
     optimizer = SGD(model.parameters(), lr=0.1)
     rec = recorder.watch(model, optimizer, run=tmp_path / "run")
@@ -634,6 +636,10 @@ def test_after_the_recording_the_optimizer_is_free_of_hooks(tmp_path: Path) -> N
     rec.close("a second call does nothing")
     assert Run(tmp_path / "run").manifest == manifest
     assert Run(tmp_path / "run").steps == [0]
+    alive = weakref.ref(rec)
+    del rec
+    gc.collect()
+    assert alive() is None  # a hook left behind would hold it, and its copies of the parameters
 
 
 @pytest.mark.parametrize("content", ["manifest.json", "sub/thing.txt"])
