@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recorder import commandline
-from recorder.runformat import Run, describe_ranges
+from recorder.ranges import describe_ranges
+from recorder.runformat import Run
 from recorder.session import SEGMENT_STEPS
 
 PROGRAM = "python -m recorder"

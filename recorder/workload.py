@@ -16,7 +16,7 @@ from torch import nn
 
 from recorder.errors import UsageError
 from recorder.manifest import Manifest
-from recorder.runformat import Step
+from recorder.segments import Step
 
 
 @runtime_checkable

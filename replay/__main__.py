@@ -15,7 +15,8 @@ import torch
 
 from recorder import commandline
 from recorder.errors import UsageError
-from recorder.runformat import Run, describe_ranges
+from recorder.ranges import describe_ranges
+from recorder.runformat import Run
 from replay import lossdata
 from replay.progress import with_progress
 from replay.quadrature import RULES

@@ -19,7 +19,8 @@ import torch
 from recorder.batches import to_device
 from recorder.errors import MismatchError
 from recorder.recipe import current_recipe
-from recorder.runformat import Run, Step
+from recorder.runformat import Run
+from recorder.segments import Step
 from recorder.workload import RepeatedUpdate, RepeatsUpdates, Workload
 from replay.gradients import set_parameters
 from replay.lossdata import recorded_or_collated, verify_collation

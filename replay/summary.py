@@ -92,17 +92,19 @@ def summarise(folder: ShardFolder) -> Summary:
         for name in ("step", "status", "residual", "loss_start", "loss_end", "evaluations")
     )
     size = np.abs(residual)
-    with np.errstate(invalid="ignore"):  # in a diverged step inf - inf is NaN, as the summary then says
+    # In a diverged step inf - inf is NaN, as the summary then says; the interpolation of a quantile subtracts too.
+    with np.errstate(invalid="ignore"):
         change = end - start
         cumulative_residual = residual.sum()
+        median, p99 = np.quantile(size, [0.5, 0.99])
     # A residual that is not finite is the worst of all.
     worst = int(np.argmax(np.where(np.isfinite(size), size, np.inf)))
     return Summary(
         steps=len(step),
         counts={member: int((status == member).sum()) for member in Status},
         change=float(change.sum()),
-        residual_median=float(np.median(size)),
-        residual_p99=float(np.quantile(size, 0.99)),
+        residual_median=float(median),
+        residual_p99=float(p99),
         residual_worst=float(size[worst]),
         worst_step=int(step[worst]),
         cumulative_residual=float(cumulative_residual),

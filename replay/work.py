@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from recorder.recipe import current_recipe
-from recorder.runformat import Run, Step
+from recorder.runformat import Run
+from recorder.segments import Step
 from recorder.workload import load_workload
 from replay import lossdata
 from replay.allocate import Tolerance, allocate, sum_over_units

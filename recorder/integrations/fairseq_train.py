@@ -18,7 +18,8 @@ import torch
 from recorder.errors import UsageError
 from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq, fairseq_config, quietly
 from recorder.manifest import Trainer
-from recorder.session import Batches, Recording, empty_folder, watch
+from recorder.recording import Batches, Recording
+from recorder.session import empty_folder, watch
 
 import fairseq_cli.train  # isort: skip (importable once the shim has run)
 from fairseq.data import data_utils  # isort: skip

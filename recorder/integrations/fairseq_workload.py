@@ -17,7 +17,7 @@ from torch import nn
 from recorder.errors import FormatError, UsageError
 from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq_config, quietly
 from recorder.manifest import Trainer
-from recorder.runformat import Step
+from recorder.segments import Step
 from recorder.workload import RepeatedUpdate
 
 from fairseq import tasks, utils  # isort: skip (importable once the shim has run)

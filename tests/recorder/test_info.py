@@ -7,7 +7,8 @@ import pytest
 
 from recorder.__main__ import main
 from recorder.manifest import MANIFEST_FILE, Manifest
-from recorder.runformat import Run, segment_file
+from recorder.runformat import Run
+from recorder.segments import segment_file
 from tests.cases import train
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from recorder.manifest import Manifest, OptimizerFacts, Trainer
-from recorder.runformat import Run, describe_ranges
+from recorder.ranges import describe_ranges
+from recorder.runformat import Run
 from recorder.table import COMPONENTS, Parameter
 from recorder.tensorfile import _DTYPE_CODES
 from tests.cases import train

@@ -18,11 +18,11 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import recorder
-from recorder import durable, runformat, tensorfile
+from recorder import durable, runformat, segments, tensorfile
 from recorder.errors import UsageError
 from recorder.parameters import UnmappedParameterWarning
+from recorder.recording import GRADIENT_NORMS, RecorderWarning, Recording
 from recorder.runformat import Run
-from recorder.session import GRADIENT_NORMS, RecorderWarning, Recording
 from tests.cases import LanguageModelling, train
 
 # The small models below have names that no naming rule knows.
@@ -127,7 +127,7 @@ def test_segments_hold_so_many_steps_the_last_one_the_rest(
     assert run.segments == expected
     assert run.consecutive == [(first_step, first_step + steps)]
     for start, stop in expected:  # each is whole by itself: θ at both its ends
-        segment = runformat.Segment(runformat.segment_file(run.path, start, stop))
+        segment = segments.Segment(segments.segment_file(run.path, start, stop))
         for t in range(start, stop + 1):
             found = segment.parameters(t)
             assert_equal({name: found[name] for name in seen[0]}, seen[t - first_step])
@@ -152,7 +152,7 @@ def test_the_steps_of_a_finished_segment_are_on_disk_while_the_training_still_ru
 def test_a_lost_segment_leaves_the_others_readable_and_the_gap_is_named(tmp_path: Path) -> None:
     model = perceptron()
     seen = record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=6, segment_steps=2)
-    runformat.segment_file(tmp_path / "run", 2, 4).unlink()
+    segments.segment_file(tmp_path / "run", 2, 4).unlink()
     run = Run(tmp_path / "run")
     assert run.consecutive == [(0, 2), (4, 6)]
     assert_equal(run.parameters(2), seen[2])  # the end of the segment before
@@ -165,7 +165,7 @@ def test_a_lost_segment_leaves_the_others_readable_and_the_gap_is_named(tmp_path
 def test_a_segment_under_another_segments_name_is_refused(tmp_path: Path) -> None:
     model = perceptron()
     record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=2, segment_steps=2)
-    file = runformat.segment_file(tmp_path / "run", 0, 2)
+    file = segments.segment_file(tmp_path / "run", 0, 2)
     file.rename(file.with_name("00000002-00000004.safetensors"))
     with pytest.raises(ValueError, match=r"found steps 0 to 1; was it renamed\?"):
         Run(tmp_path / "run").parameters(2)
@@ -400,7 +400,7 @@ def test_untrained_frozen_and_tied_tensors_are_recorded_once(tmp_path: Path) -> 
     assert set(run.untrained()) == untrained
     for name in untrained:
         assert_equal(run.untrained()[name], initial[name])
-    stored = tensorfile.TensorFile(runformat.segment_file(run.path, 0, 3)).names
+    stored = tensorfile.TensorFile(segments.segment_file(run.path, 0, 3)).names
     names = {name.split("/", 2)[2] for name in stored if name.startswith("parameters/00000001/")}
     assert names == {"trunk.weight", "trunk.bias", "tied.bias"}  # the tied weight under its first name only
     (trunk,) = (parameter for parameter in run.manifest.parameters if parameter.name == "trunk.weight")
@@ -566,7 +566,8 @@ def test_a_full_disk_warns_the_training_goes_on_and_earlier_segments_stay(
 
     def fill_the_disk(rec: Recording, step: int) -> None:
         if step == 3:
-            monkeypatch.setattr(*((runformat, "write_segment") if failing == "segments" else (durable, "write")), full)
+            target = "recorder.recording.write_segment" if failing == "segments" else "recorder.durable.write"
+            monkeypatch.setattr(target, full)
 
     model, twin = perceptron(), perceptron()
     with pytest.warns(RecorderWarning, match=r"OSError.*No space left on device.*goes on unrecorded"):
@@ -695,7 +696,7 @@ def test_an_optimizer_over_tensors_of_another_model_is_refused_in_words(tmp_path
 def test_a_steps_damage_is_found_when_it_is_read_and_the_rest_is_readable(tmp_path: Path) -> None:
     model = perceptron()
     seen = record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=4, segment_steps=2)
-    file = runformat.segment_file(tmp_path / "run", 2, 4)
+    file = segments.segment_file(tmp_path / "run", 2, 4)
     file.write_bytes(file.read_bytes()[:-1])
     run = Run(tmp_path / "run")
     assert_equal(run.parameters(2), seen[2])  # the end of the segment before

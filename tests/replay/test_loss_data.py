@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from recorder.runformat import Run, Step
+from recorder.runformat import Run
+from recorder.segments import Step
 from replay.lossdata import LossData, build, parse
 from tests import cases
 from tests.replay import variants

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recorder.runformat import segment_file
+from recorder.segments import segment_file
 
 pytestmark = pytest.mark.cluster
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from recorder.runformat import Run, segment_file, write_segment
+from recorder.runformat import Run
+from recorder.segments import segment_file, write_segment
 from recorder.workload import load_workload
 from replay import shards, work
 from replay.shards import ShardFolder, Status

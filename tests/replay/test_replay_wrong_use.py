@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from recorder.runformat import segment_file
+from recorder.segments import segment_file
 from replay.__main__ import main
 from tests.replay.variants import HERE
 

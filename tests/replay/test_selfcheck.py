@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from recorder.errors import MismatchError
-from recorder.runformat import Run, write_segment
+from recorder.runformat import Run
+from recorder.segments import write_segment
 from recorder.workload import load_workload
 from replay.selfcheck import Report, check_update
 from tests import cases

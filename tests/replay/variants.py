@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import recorder
-from recorder.runformat import Step
+from recorder.segments import Step
 from recorder.workload import RepeatedUpdate
 from tests.cases import LanguageModelling, TinyTransformer
 
@@ -219,7 +219,7 @@ def record(
     model = task.model()
     optimizer = make_optimizer(model.parameters())
     arguments: dict[str, Any] = {"run": run, "workload": f"{HERE}:{factory.__name__}", **watch_arguments}
-    watching: recorder.session.Recording | None = None
+    watching: recorder.recording.Recording | None = None
     for t in range(before + steps):
         if t == before:
             watching = recorder.watch(model, optimizer, first_step=before, strict=True, **arguments)
