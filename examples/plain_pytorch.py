@@ -124,7 +124,7 @@ def train(run: str) -> None:
     task = workload()
     model = task.model()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    loader = torch.utils.data.DataLoader(task.indices("train"), batch_size=64, shuffle=True)  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader(task.indices("train"), batch_size=64, shuffle=True)
     with recorder.watch(model, optimizer, run=run, workload="examples.plain_pytorch:workload") as rec:
         for _, indices in zip(range(UPDATES), loader, strict=False):
             batch = task.batch(indices.tolist(), split="train", epoch=1)

@@ -59,6 +59,8 @@ def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[
             host="127.0.0.1",
             security=True,
             dashboard_address=None,
+            # The scheduler's health page is served all the same; at port 0 two replays at a time do not meet.
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
             memory_limit=0,
             silence_logs=logging.CRITICAL,
         ) as cluster,

@@ -54,11 +54,12 @@ def test_the_books_are_summed_over_all_shards(tmp_path: Path) -> None:
     assert (summary.change, summary.cumulative_change) == (-1.5, 2.5)
     assert (summary.residual_median, summary.residual_worst, summary.worst_step) == (2e-3, 4e-3, 11)
     assert summary.cumulative_residual == pytest.approx(-1e-3)
-    assert summary.lines("batch") == [
-        "batch: 3 steps (2 converged, 1 tolerance_not_met), ΔL -1.5000 nat, 9 gradient evaluations",
-        "batch: |residual| median 2.0e-03, 99th percentile 4.0e-03, worst 4.0e-03 nat at step 11; "
-        "cumulative 4.0e-04 of Σ|ΔL|",
-    ]
+    counts, residuals = summary.lines("batch")
+    assert counts == "batch: 3 steps (2 converged, 1 tolerance_not_met), ΔL -1.5000 nat, 9 gradient evaluations"
+    assert residuals.startswith(
+        "batch: |residual| median 2.0e-03, 99th percentile 4.0e-03, worst 4.0e-03 nat at step 11;"
+    )
+    assert residuals.endswith("; cumulative 4.0e-04 of Σ|ΔL|")
 
 
 @pytest.mark.parametrize(
