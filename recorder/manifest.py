@@ -85,8 +85,9 @@ class Manifest:
         ``tensors`` or ``indices``: whether the tensors of every micro-batch were stored.
     parameters
         The parameter table.
-    changing_buffers
-        Names of the model's buffers that changed during training.
+    unrecorded_changes
+        Names of tensors that changed during training although no step records them: buffers, and parameters of an
+        optimizer that was not watched.
     provenance
         Versions and time of creation.
     """
@@ -100,7 +101,7 @@ class Manifest:
     recipe: Mapping[str, Any]
     batches: str
     parameters: tuple[Parameter, ...]
-    changing_buffers: tuple[str, ...] = ()
+    unrecorded_changes: tuple[str, ...] = ()
     provenance: Mapping[str, Any]
 
     @property
@@ -165,7 +166,7 @@ class Manifest:
             raise FormatError(message) from error
         try:
             fields["parameters"] = tuple(Parameter.from_dict(row) for row in fields["parameters"])
-            fields["changing_buffers"] = tuple(fields.get("changing_buffers", ()))
+            fields["unrecorded_changes"] = tuple(fields.get("unrecorded_changes", ()))
         except (AttributeError, TypeError) as error:
             message = f"{source}: the parameter table or the changing buffers are not understood ({error})"
             raise FormatError(message) from error

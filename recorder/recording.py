@@ -183,7 +183,7 @@ class Recording:
 
     @_harmless
     def _finish(self) -> None:
-        self._watch_buffers()
+        self._watch_unrecorded()
         if self._steps:
             self._write_segment()
 
@@ -264,11 +264,16 @@ class Recording:
     def _write_segment(self) -> None:
         write_segment(self.run, self._thetas, self._steps)
         self._steps, self._thetas = [], self._thetas[-1:]
-        self._watch_buffers()
+        self._watch_unrecorded()
 
-    def _watch_buffers(self) -> None:
-        if self._watched.find_changed_buffers():
+    def _watch_unrecorded(self) -> None:
+        if self._watched.find_unrecorded_changes():
             self._write_manifest()
+            message = (
+                f"{', '.join(sorted(self._watched.unrecorded_changes))} change in training, but no step records them "
+                f"(buffers, or parameters of an optimizer that is not watched): {self.run} cannot be replayed"
+            )
+            warnings.warn(message, RecorderWarning, stacklevel=3)
 
     def _write_manifest(self) -> None:
         if self._manifest is not None:
@@ -276,7 +281,7 @@ class Recording:
                 self._manifest,
                 state=self._state,
                 parameters=self._watched.table,
-                changing_buffers=tuple(sorted(self._watched.changing_buffers)),
+                unrecorded_changes=tuple(sorted(self._watched.unrecorded_changes)),
             )
             self._manifest.write(self.run)
 

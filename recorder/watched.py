@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from recorder import tensorfile
 from recorder.errors import UsageError
 from recorder.manifest import OptimizerFacts
 from recorder.parameters import parameter_table
@@ -36,8 +37,8 @@ class Watched:
         The parameter table; `settle_table` and `find_first_gradients` say which parameters are trained.
     device : torch.device
         Where the model is.
-    changing_buffers : set of str
-        Names of the buffers found changed so far.
+    unrecorded_changes : set of str
+        Names of buffers and untrained parameters found changed so far.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -45,13 +46,13 @@ class Watched:
         self._optimizer = optimizer
         self._tensors = dict(model.named_parameters())
         self._names = {id(tensor): name for name, tensor in self._tensors.items()}
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._checksums: dict[str, int] = {}
         self.table = parameter_table(model)
         self.device = next(iter(self._tensors.values())).device
-        self.changing_buffers: set[str] = set()
+        self.unrecorded_changes: set[str] = set()
 
     def settle_table(self) -> None:
-        """Find out, just before the first step, which parameters are trained, and remember the buffers.
+        """Find out, just before the first step, which parameters are trained, and remember what must not change.
 
         Raises
         ------
@@ -70,7 +71,7 @@ class Watched:
             parameter if parameter.name in with_gradient else dataclasses.replace(parameter, status="untrained")
             for parameter in self.table
         )
-        self._buffers = {name: buffer.detach().clone() for name, buffer in self._model.named_buffers()}
+        self._checksums = self._checksums_of_unrecorded()
 
     def find_first_gradients(self) -> bool:
         """Find untrained parameters that now have their first gradient.
@@ -139,22 +140,26 @@ class Watched:
             state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
-    def find_changed_buffers(self) -> bool:
-        """Compare the buffers with those before the first step.
+    def find_unrecorded_changes(self) -> bool:
+        """Compare buffers and untrained parameters, which no step records, with those before the first step.
 
         Returns
         -------
         bool
-            Whether `changing_buffers` has grown.
+            Whether `unrecorded_changes` has grown.
         """
         changed = {
-            name
-            for name, buffer in self._model.named_buffers()
-            if name not in self._buffers or not _same_bits(buffer, self._buffers[name])
+            name for name, checksum in self._checksums_of_unrecorded().items() if checksum != self._checksums.get(name)
         }
-        grown = bool(changed - self.changing_buffers)
-        self.changing_buffers |= changed
+        grown = bool(changed - self.unrecorded_changes)
+        self.unrecorded_changes |= changed
         return grown
+
+    def _checksums_of_unrecorded(self) -> dict[str, int]:
+        # Of the bytes: a NaN that stays is no change (fairseq keeps a buffer of memory that it never fills).
+        untrained = {parameter.name: self._tensors[parameter.name] for parameter in self.table if not parameter.trained}
+        tensors = {**dict(self._model.named_buffers()), **untrained}
+        return {name: tensorfile.checksum(tensor.detach().cpu()) for name, tensor in tensors.items()}
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
         """Take the optimizer's state.
@@ -196,12 +201,6 @@ def _hyperparameter(value: Any) -> Any:
         value = float(value)
         return value if math.isfinite(value) else repr(value)  # JSON has no NaN and no infinity
     return value
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # NaN is no change: fairseq keeps a buffer of memory that it never fills.
-    bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
 
 
 def _entries(gradient: torch.Tensor) -> torch.Tensor:

@@ -111,11 +111,11 @@ def _open(run: Path) -> Run:
     if not opened.steps:
         message = f"{run} holds no recorded step yet (state: {opened.manifest.state})"
         raise UsageError(message)
-    if opened.manifest.changing_buffers:
+    if opened.manifest.unrecorded_changes:
         message = (
-            f"{run}: the model has buffers that change in training ({', '.join(opened.manifest.changing_buffers)}), "
-            "such as the statistics of batch normalisation; this version does not record them, so the loss cannot be "
-            "replayed"
+            f"{run}: {', '.join(opened.manifest.unrecorded_changes)} changed in training although no step records "
+            "them: buffers such as the statistics of batch normalisation, or parameters of an optimizer that was not "
+            "watched. Without them the loss cannot be replayed"
         )
         raise UsageError(message)
     return opened

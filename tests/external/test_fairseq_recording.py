@@ -58,7 +58,7 @@ def test_the_run_is_complete_and_names_its_training(trainings: dict[str, Any], t
     inferred = ["--source-lang", "en", "--target-lang", "de"] if task == "translation" else []
     assert list(manifest.trainer.arguments) == expected + inferred
     assert Path(manifest.trainer.directory).is_dir()
-    assert (manifest.workload, manifest.batches, manifest.changing_buffers) == (None, "tensors", ())
+    assert (manifest.workload, manifest.batches, manifest.unrecorded_changes) == (None, "tensors", ())
     assert manifest.optimizer.fresh
     assert manifest.recipe["threads"] == 1
     assert training.output.splitlines()[-1] == str(training.run)

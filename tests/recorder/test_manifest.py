@@ -49,7 +49,7 @@ manifests = st.builds(
     recipe=json_objects,
     batches=st.sampled_from(["tensors", "indices"]),
     parameters=st.lists(parameters, max_size=3).map(tuple),
-    changing_buffers=st.lists(names, max_size=2).map(tuple),
+    unrecorded_changes=st.lists(names, max_size=2).map(tuple),
     provenance=json_objects,
 )
 
@@ -93,7 +93,7 @@ def test_trained_lists_only_what_is_in_the_ledger() -> None:
 
 def test_all_missing_and_unknown_fields_are_named_at_once() -> None:
     document = EXAMPLE.to_dict() | {"colour": "red", "zeal": 1}
-    del document["recipe"], document["batches"], document["changing_buffers"]  # the last has a default
+    del document["recipe"], document["batches"], document["unrecorded_changes"]  # the last has a default
     expected = "there: missing fields ['batches', 'recipe'], unknown fields ['colour', 'zeal']"
     with pytest.raises(FormatError, match=f"^{re.escape(expected)}$"):
         Manifest.from_dict(document, "there")
@@ -126,7 +126,7 @@ def test_another_format_or_version_is_refused_with_expected_and_found(changes: d
         {"parameters": 5},
         {"parameters": ["w"]},
         {"parameters": [{"name": "w", "shape": 3, "dtype": "float32"}]},
-        {"changing_buffers": 1},
+        {"unrecorded_changes": 1},
     ],
     ids=str,
 )

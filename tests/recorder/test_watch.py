@@ -443,6 +443,16 @@ def test_a_tensor_with_a_gradient_that_no_optimizer_updates_is_untrained(tmp_pat
     assert [parameter.name for parameter in Run(tmp_path / "run").manifest.trained] == ["3.weight", "3.bias"]
 
 
+def test_parameters_of_an_optimizer_that_is_not_watched_are_named(tmp_path: Path) -> None:
+    model = perceptron()
+    other = SGD(model[0].parameters(), lr=0.1)
+    watched = SGD(model[3].parameters(), lr=0.1)
+    watched.register_step_post_hook(lambda *_: other.step())
+    with pytest.warns(RecorderWarning, match=r"0\.bias, 0\.weight change in training, but no step records them"):
+        record(tmp_path / "run", model, watched, steps=2)
+    assert Run(tmp_path / "run").manifest.unrecorded_changes == ("0.bias", "0.weight")
+
+
 def test_parameters_outside_any_naming_rule_are_named_once_at_the_end(tmp_path: Path) -> None:
     model = Branches()
     with warnings.catch_warnings(record=True) as caught:
@@ -456,12 +466,13 @@ def test_parameters_outside_any_naming_rule_are_named_once_at_the_end(tmp_path: 
 def test_buffers_that_training_changes_are_named(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     model.register_buffer("constant", torch.tensor([1.0, float("nan")]))  # NaN is no change
-    record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=2)
+    with pytest.warns(RecorderWarning, match=r"1\.running_mean, 1\.running_var change in training.*cannot be replayed"):
+        record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=2)
     expected = ("1.num_batches_tracked", "1.running_mean", "1.running_var")
-    assert Run(tmp_path / "run").manifest.changing_buffers == expected
+    assert Run(tmp_path / "run").manifest.unrecorded_changes == expected
     other = perceptron()
     record(tmp_path / "other", other, SGD(other.parameters(), lr=0.1), steps=2)
-    assert Run(tmp_path / "other").manifest.changing_buffers == ()
+    assert Run(tmp_path / "other").manifest.unrecorded_changes == ()
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,11 @@ def test_cuda_where_there_is_none(run: Path, monkeypatch: pytest.MonkeyPatch, co
     )
 
 
-def test_a_run_whose_buffers_change(run: Path, complain: Callable[..., str]) -> None:
+def test_a_run_with_unrecorded_changes(run: Path, complain: Callable[..., str]) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps({**manifest, "changing_buffers": ["norm.running_mean"]}))
+    (run / "manifest.json").write_text(json.dumps({**manifest, "unrecorded_changes": ["norm.running_mean"]}))
     complaint = complain("--run", str(run), *WORKLOAD)
-    assert complaint.startswith(f"{run}: the model has buffers that change in training (norm.running_mean), such as")
+    assert complaint.startswith(f"{run}: norm.running_mean changed in training although no step records them: buffers")
 
 
 @pytest.mark.parametrize("flag", ["--chunk", "--threads"])
