@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--updates", type=int, default=60, help="updates of each training (default %(default)s)")
     parser.add_argument("--layers", type=int, default=LAYERS, help="layers of each model (default %(default)s)")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="sentence pairs to train on (default %(default)s)")
-    parser.add_argument("--probe", type=int, default=16, help="examples of the fixed probe set (default %(default)s)")
+    parser.add_argument("--probe", type=int, default=24, help="examples of the fixed probe set (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of replay (default %(default)s)")
     return parser
 

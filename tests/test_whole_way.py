@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ import xarray as xr
 
 from recorder.manifest import Manifest
 from reduce import open_cube
+
+# One fixture goes the whole way three times over, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).parents[1]
 UPDATES = 10
@@ -93,6 +97,29 @@ def test_the_notebook_cells_of_the_readme_run_on_the_demo(
     exec(code, names)
     assert float(names["change"].sum()) < 0
     assert names["heads"].sizes == {"step": UPDATES, "head": 8}
+
+
+@pytest.mark.fairseq
+@pytest.mark.cluster
+def test_batches_need_no_data_and_a_probe_finds_moved_data_by_its_flag(demo: tuple[Path, str]) -> None:
+    out = demo[0]
+    run, moved = str(out / "copy"), out / "moved"
+    shutil.copytree(out / "runs" / "masked-lm", run)
+    replay = ("-m", "replay", "--run", run, "--steps", "0:2", "--chunk", "2", "--workers", "1")
+    (out / "prepared").rename(moved)
+    try:
+        assert _python(*replay, "--loss-data", "batch").returncode == 0
+        lost = _python(*replay, "--loss-data", "probe:8")
+        assert lost.returncode == 2
+        assert len(lost.stderr.splitlines()) == 1
+        assert "pass --data FOLDER" in lost.stderr
+        wrong = _python(*replay, "--loss-data", "probe:8", "--data", str(moved / "translation"))
+        assert wrong.returncode == 2
+        assert "does not hold the split 'train'" in wrong.stderr
+        found = _python(*replay, "--loss-data", "probe:8", "--data", str(moved / "language-model"))
+        assert found.returncode == 0, found.stderr
+    finally:
+        moved.rename(out / "prepared")
 
 
 @pytest.mark.fairseq

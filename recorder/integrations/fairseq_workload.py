@@ -76,25 +76,27 @@ class FairseqWorkload:
         return model
 
     def _dataset(self, split: str) -> Any:
-        if self._data_task is None:
-            places = self._data.split(":")
-            missing = [place for place in places if not Path(place).is_dir()]
-            if missing:
-                message = (
-                    f"the binarised data of this training is not at {missing[0]}; pass --data FOLDER with where it is "
-                    "now (only loss data 'batch' needs no data)"
-                )
-                raise UsageError(message)
-            self._config.task.data = self._data
+        places = self._data.split(":")
+        missing = [place for place in places if not Path(place).is_dir()]
+        if missing:
+            message = (
+                f"the binarised data of this training is not at {missing[0]}; pass --data FOLDER with where it is now "
+                "(only loss data 'batch' needs no data)"
+            )
+            raise UsageError(message)
+        try:
             with quietly():
-                self._data_task = tasks.setup_task(self._config.task)
-        if split not in self._data_task.datasets:
-            try:
-                with quietly():
+                if self._data_task is None:
+                    self._config.task.data = self._data
+                    self._data_task = tasks.setup_task(self._config.task)
+                if split not in self._data_task.datasets:
                     self._data_task.load_dataset(split, combine=False, epoch=1)
-            except FileNotFoundError as error:
-                message = f"{self._data} holds no split {split!r} of the binarised data ({error}); pass --data FOLDER"
-                raise UsageError(message) from error
+        except FileNotFoundError as error:
+            message = (
+                f"{self._data} does not hold the split {split!r} of this training's binarised data ({error}); "
+                "pass --data FOLDER with where it is now"
+            )
+            raise UsageError(message) from error
         return self._data_task.datasets[split]
 
     def indices(self, split: str) -> Sequence[int]:
