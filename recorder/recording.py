@@ -23,7 +23,7 @@ import torch
 
 from recorder import batches, runformat, tensorfile
 from recorder.errors import UsageError
-from recorder.manifest import Manifest, Trainer
+from recorder.manifest import FORMAT, VERSION, Manifest, Trainer
 from recorder.parameters import warn_of_unmapped
 from recorder.recipe import current_recipe
 from recorder.segments import SEGMENTS_FOLDER, MicroBatch, Step, write_segment
@@ -223,7 +223,7 @@ class Recording:
         tensorfile.write(
             self.run / runformat.UNTRAINED_FILE,
             watched.copies(trained=False),
-            {"format": runformat.FORMAT, "version": runformat.VERSION},
+            {"format": FORMAT, "version": VERSION},
         )
         self._manifest = Manifest(
             run_id=uuid.uuid4().hex,

@@ -20,9 +20,7 @@ import torch
 
 from recorder import tensorfile
 from recorder.errors import DamagedFileError, UsageError
-from recorder.manifest import FORMAT as FORMAT
-from recorder.manifest import VERSION as VERSION
-from recorder.manifest import Manifest
+from recorder.manifest import FORMAT, VERSION, Manifest
 from recorder.ranges import describe_ranges, joined_ranges
 from recorder.segments import SEGMENTS_FOLDER, Segment, Step, segment_file
 

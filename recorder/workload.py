@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -127,6 +128,9 @@ def _import_factory(name: str) -> Any:
     if not module_name or not function_name:
         message = f"--workload expects module:function, got {name!r}"
         raise UsageError(message)
+    if str(Path.cwd()) not in sys.path:
+        # python -m puts the working folder there; the installed lossledger-replay does not.
+        sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -76,6 +76,11 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
         if value is not None and value < 1:
             message = f"--{name} is at least 1, not {value}"
             raise UsageError(message)
+    for name in ("rtol", "atol"):
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value >= 0):
+            message = f"--{name} is a number from 0 up, not {value}"
+            raise UsageError(message)
     if options.device == "cuda" and not torch.cuda.is_available():
         message = "--device cuda: torch finds no CUDA device here; pass --device cpu"
         raise UsageError(message)

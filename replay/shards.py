@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import hashlib
-import itertools
 import json
 import re
 import time
@@ -25,24 +23,29 @@ import numpy as np
 
 from recorder import durable, tensorfile
 from recorder.errors import FormatError, UsageError
-from recorder.table import (
-    ATTENTION_COMPONENTS as ATTENTION_COMPONENTS,
-)
-from recorder.table import (
-    COMPONENTS as COMPONENTS,
-)
-from recorder.table import (
-    MODEL_LAYER as MODEL_LAYER,
-)
-from recorder.table import (
-    Parameter as Parameter,
-)
+from recorder.table import ATTENTION_COMPONENTS, COMPONENTS, MODEL_LAYER, Parameter
+from replay.settings import VERSION, Settings
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+__all__ = [
+    # What a reader of shards needs of the floors below stands here too.
+    "ATTENTION_COMPONENTS",
+    "COMPONENTS",
+    "MODEL_LAYER",
+    "PER_STEP",
+    "PER_UNIT",
+    "VERSION",
+    "Parameter",
+    "Settings",
+    "Shard",
+    "ShardFolder",
+    "Status",
+    "folders",
+]
+
 FORMAT = "lossledger-shards"
-VERSION = 1
 FOLDER = "shards"
 SETTINGS_FILE = "settings.json"
 LEFTOVER_SECONDS = 3600.0
@@ -78,50 +81,6 @@ the shard's loss data; ``evaluations`` counts gradient evaluations.
 
 PER_UNIT = {"sum": np.float64, "positive_sum": np.float64, "positive_count": np.int64}
 """Arrays of shape (steps, units) for every trained parameter, named ``<quantity>/<parameter name>``."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """Everything that decides the content of a folder of shards.
-
-    Parameters
-    ----------
-    run_id
-        The run's identity, from its manifest.
-    path
-        ``recorded`` or ``chord``: along which path the loss change was allocated.
-    loss_data
-        Name of the loss data, such as ``batch`` or ``probe``.
-    loss_data_settings
-        What decides its examples, such as ``{"examples": 512, "seed": 0, "crc32": ...}``.
-    rule
-        Name of the quadrature rule.
-    rtol, atol
-        The tolerance of status `Status.CONVERGED`, relative to the measured change of the loss and in nats.
-    dropout
-        ``off`` or ``recorded``.
-    chunk
-        Steps to a shard.
-    recipe
-        Device, dtype, threads and library versions: what the bits of a result depend on.
-    """
-
-    run_id: str
-    path: str
-    loss_data: str
-    loss_data_settings: Mapping[str, Any]
-    rule: str
-    rtol: float
-    atol: float
-    dropout: str
-    chunk: int
-    recipe: Mapping[str, Any]
-
-    @property
-    def hash(self) -> str:
-        """Twelve hexadecimal digits of the SHA-256 of the settings as canonical JSON."""
-        text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,10 +220,15 @@ class ShardFolder:
         """
         return self.path / f"{start:08d}-{stop:08d}.safetensors"
 
+    def _ranges(self) -> list[tuple[int, int]]:
+        matches = [_SHARD_NAME.fullmatch(entry.name) for entry in self.path.iterdir()]
+        return sorted(((int(match[1]), int(match[2])) for match in matches if match), key=lambda r: (r[0], -r[1]))
+
     def finished(self) -> list[tuple[int, int]]:
         """List the ranges of steps whose shard is there, in order.
 
-        A shard is visible only when it is whole and on disk, so being there is being finished.
+        A shard is visible only when it is whole and on disk, so being there is being finished. A shard of a part of
+        another one's steps, from when the run had fewer, does not count.
 
         Returns
         -------
@@ -274,14 +238,16 @@ class ShardFolder:
         Raises
         ------
         FormatError
-            If two shards overlap.
+            If two shards overlap otherwise.
         """
-        matches = [_SHARD_NAME.fullmatch(entry.name) for entry in self.path.iterdir()]
-        ranges = sorted((int(match[1]), int(match[2])) for match in matches if match)
-        for (_, stop), (start, _) in itertools.pairwise(ranges):
-            if start < stop:
+        ranges: list[tuple[int, int]] = []
+        for start, stop in self._ranges():
+            if ranges and stop <= ranges[-1][1]:
+                continue
+            if ranges and start < ranges[-1][1]:
                 message = f"{self.path}: two shards both hold step {start}; remove one of them"
                 raise FormatError(message)
+            ranges.append((start, stop))
         return ranges
 
     def write(self, start: int, stop: int, shard: Shard) -> Path:
@@ -310,16 +276,18 @@ class ShardFolder:
                 key = f"{quantity}/{parameter.name}"
                 array = shard.per_unit[quantity][parameter.name]
                 tensors[key] = _checked(key, array, (steps, parameter.units), dtype)
-        for first, last in self.finished():
-            if start <= first and last <= stop and (first, last) != (start, stop):
-                self.file(first, last).unlink()
         path = self.file(start, stop)
         facts = {"format": FORMAT, "version": VERSION, "settings": self.settings.hash, "start": start, "stop": stop}
         tensorfile.write(path, tensors, facts)
+        for first, last in self._ranges():
+            if start <= first and last <= stop and (first, last) != (start, stop):
+                self.file(first, last).unlink(missing_ok=True)
         return path
 
     def read(self, start: int, stop: int) -> Shard:
         """Read the shard of steps `start` to `stop` - 1, every checksum verified.
+
+        A `FormatError` tells if the file was moved here from other settings, or bears the name of other steps.
 
         Parameters
         ----------
@@ -330,12 +298,33 @@ class ShardFolder:
         -------
         Shard
             Its content.
-
-        Raises
-        ------
-        FormatError
-            If the file was moved here from other settings, or bears the name of other steps.
         """
+        file = self._open_shard(start, stop)
+        return Shard(
+            per_step={name: file.array(name) for name in PER_STEP},
+            per_unit={
+                quantity: {parameter.name: file.array(f"{quantity}/{parameter.name}") for parameter in self.trained}
+                for quantity in PER_UNIT
+            },
+        )
+
+    def read_per_step(self, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
+        """Read of a shard only what it holds once a step: little, however large the model.
+
+        Parameters
+        ----------
+        start, stop
+            One of the ranges of `finished`.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            The arrays of `PER_STEP`.
+        """
+        file = self._open_shard(start, stop)
+        return {name: file.array(name) for name in PER_STEP}
+
+    def _open_shard(self, start: int, stop: int) -> tensorfile.TensorFile:
         path = self.file(start, stop)
         file = tensorfile.TensorFile(path)
         if file.facts.get("settings") != self.settings.hash:
@@ -345,13 +334,7 @@ class ShardFolder:
         if held != (start, stop):
             message = f"{path}: expected the steps of its name, found steps {held[0]} to {held[1]} (not included)"
             raise FormatError(message)
-        return Shard(
-            per_step={name: file.array(name) for name in PER_STEP},
-            per_unit={
-                quantity: {parameter.name: file.array(f"{quantity}/{parameter.name}") for parameter in self.trained}
-                for quantity in PER_UNIT
-            },
-        )
+        return file
 
 
 def folders(run: Path) -> list[ShardFolder]:

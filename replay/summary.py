@@ -86,7 +86,7 @@ def summarise(folder: ShardFolder) -> Summary:
     Summary
         The books.
     """
-    shards = [folder.read(start, stop).per_step for start, stop in folder.finished()]
+    shards = [folder.read_per_step(start, stop) for start, stop in folder.finished()]
     step, status, residual, start, end, evaluations = (
         np.concatenate([shard[name] for shard in shards])
         for name in ("step", "status", "residual", "loss_start", "loss_end", "evaluations")

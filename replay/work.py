@@ -23,7 +23,8 @@ from replay import lossdata
 from replay.allocate import Tolerance, allocate, sum_over_units
 from replay.gradients import Evaluation, LossSurface
 from replay.quadrature import rule_named
-from replay.shards import PER_STEP, PER_UNIT, Settings, Shard, ShardFolder
+from replay.settings import Settings, digest_of_table
+from replay.shards import PER_STEP, PER_UNIT, Shard, ShardFolder
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -135,6 +136,7 @@ class Replayer:
         manifest = self.run.manifest
         settings = Settings(
             run_id=manifest.run_id,
+            parameter_table=digest_of_table(manifest.parameters),
             path=manifest.path,
             loss_data=name,
             loss_data_settings=self.loss_data[name].settings,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from replay import shards
+from replay.settings import digest_of_table
 from replay.shards import Parameter, Settings, Shard, ShardFolder
 
 
@@ -70,6 +71,7 @@ def _build(
 ) -> ShardFolder:
     settings = Settings(
         run_id=run_id,
+        parameter_table=digest_of_table(parameters),
         path=path,
         loss_data=loss_data,
         loss_data_settings={"examples": 8},

@@ -18,6 +18,7 @@ PARAMETER = Parameter(name="w", shape=(1,), dtype="float32")
 def _folder(run: Path, residuals: Sequence[float], ends: Sequence[float], status: Sequence[Status]) -> ShardFolder:
     settings = Settings(
         run_id="1",
+        parameter_table="",
         path="recorded",
         loss_data="batch",
         loss_data_settings={},

@@ -125,6 +125,12 @@ def test_counts_below_one(run: Path, flag: str, complain: Callable[..., str]) ->
     assert complain("--run", str(run), *WORKLOAD, flag, "0") == f"{flag} is at least 1, not 0"
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--rtol", "nan"), ("--atol", "-1"), ("--rtol", "inf")])
+def test_tolerances_that_are_none(run: Path, flag: str, value: str, complain: Callable[..., str]) -> None:
+    complaint = complain("--run", str(run), *WORKLOAD, flag, value)
+    assert complaint == f"{flag} is a number from 0 up, not {float(value)}"
+
+
 @pytest.mark.parametrize("text", ["3", "a:b", "1:2:3", "-1:2", "²:3"])
 def test_steps_that_are_no_range(run: Path, text: str, capsys: Captured) -> None:
     # Said only once the run is open, so the folder with its settings exists already.

@@ -25,6 +25,7 @@ from replay.shards import PER_STEP, PER_UNIT, Parameter, Settings, Shard, ShardF
 
 SETTINGS = Settings(
     run_id="0123456789abcdef0123456789abcdef",
+    parameter_table="89abcdef0123",
     path="recorded",
     loss_data="probe",
     loss_data_settings={"split": "train", "examples": 16, "seed": 0, "micro_batch": 8, "crc32": 7},
@@ -37,8 +38,9 @@ SETTINGS = Settings(
 )
 CANONICAL = (
     '{"atol": 1e-05, "chunk": 8, "dropout": "off", "loss_data": "probe", "loss_data_settings": {"crc32": 7, '
-    '"examples": 16, "micro_batch": 8, "seed": 0, "split": "train"}, "path": "recorded", "recipe": {"device": "cpu", '
-    '"threads": 1}, "rtol": 0.01, "rule": "simpson", "run_id": "0123456789abcdef0123456789abcdef", "version": 1}'
+    '"examples": 16, "micro_batch": 8, "seed": 0, "split": "train"}, "parameter_table": "89abcdef0123", '
+    '"path": "recorded", "recipe": {"device": "cpu", "threads": 1}, "rtol": 0.01, "rule": "simpson", '
+    '"run_id": "0123456789abcdef0123456789abcdef", "version": 1}'
 )
 PARAMETERS = (
     Parameter(name="out.weight", shape=(2, 5), dtype="float32", unit_axis=1),
@@ -177,7 +179,12 @@ def test_overlapping_shards_are_refused(made: ShardFolder) -> None:
 
 
 def test_a_shard_of_more_steps_takes_the_place_of_those_it_contains(made: ShardFolder) -> None:
+    before = made.file(8, 11).read_bytes()
     made.write(8, 16, _shard(8, 16))
+    assert made.finished() == [(0, 8), (8, 16)]
+    assert not made.file(8, 11).exists()
+    # A kill between the two leaves both.
+    made.file(8, 11).write_bytes(before)
     assert made.finished() == [(0, 8), (8, 16)]
 
 
@@ -197,7 +204,7 @@ def test_flipped_bits_are_noticed(made: ShardFolder) -> None:
             "expected format lossledger-shards version 1, found 'lossledger-shards' version 2.*Run python",
         ),
         ({"format": "lossledger-run"}, "expected format lossledger-shards version 1, found 'lossledger-run' version 1"),
-        ({"settings": {"run_id": "x"}}, "a field of the settings is missing or unknown .*missing 9 required"),
+        ({"settings": {"run_id": "x"}}, "a field of the settings is missing or unknown .*missing 10 required"),
         ({"settings": {**dataclasses.asdict(SETTINGS), "new": 1}}, "missing or unknown .*unexpected keyword.*'new'"),
         ({"parameters": [{"name": "w", "shape": [1]}]}, "row 'w': missing fields .*dtype"),
         (None, "expected a JSON object, found list"),
@@ -220,7 +227,7 @@ def test_settings_that_are_no_json_are_refused(made: ShardFolder) -> None:
 
 
 def test_the_hash_of_fixed_settings_never_changes() -> None:
-    assert hashlib.sha256(CANONICAL.encode()).hexdigest()[:12] == SETTINGS.hash == "fcea9c90b930"
+    assert hashlib.sha256(CANONICAL.encode()).hexdigest()[:12] == SETTINGS.hash == "4ac10a25094c"
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Settings)])
