@@ -72,7 +72,7 @@ def test_the_workload_offers_all_examples_of_either_split(trainings: dict[str, A
     assert set(train) == recorded
     assert len(workload.indices("valid")) == (30 if task != "masked" else len(set(workload.indices("valid"))))
     assert workload.indices("train") == train
-    with pytest.raises(UsageError, match="holds no split 'nonsense' of the binarised data"):
+    with pytest.raises(UsageError, match="does not hold the split 'nonsense' of this training's binarised data"):
         workload.indices("nonsense")
 
 
