@@ -61,7 +61,7 @@ def replacing(path: Path) -> Iterator[Path]:
     _fsync_folder(path.parent)
 
 
-def write(path: Path, body: Callable[[BinaryIO], None]) -> None:
+def write(path: Path, body: Callable[[BinaryIO], object]) -> None:
     """Write `path` durably from a function that fills an open binary stream.
 
     Parameters
@@ -74,6 +74,19 @@ def write(path: Path, body: Callable[[BinaryIO], None]) -> None:
     with replacing(path) as temporary, temporary.open("wb") as stream:
         body(stream)
         stream.flush()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, durably and all at once.
+
+    Parameters
+    ----------
+    path
+        The final path.
+    text
+        Its content.
+    """
+    write(path, lambda stream: stream.write(text.encode("utf-8")))
 
 
 def sweep(folder: Path) -> list[Path]:

@@ -181,7 +181,7 @@ class Manifest:
             The run's folder.
         """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        durable.write(run / MANIFEST_FILE, lambda stream: _write_text(stream, text))
+        durable.write_text(run / MANIFEST_FILE, text)
 
     @classmethod
     def read(cls, run: Path) -> Manifest:
@@ -221,7 +221,3 @@ class Manifest:
             message = f"{file}: expected a JSON object, found {type(document).__name__}"
             raise FormatError(message)
         return cls.from_dict(document, str(file))
-
-
-def _write_text(stream: Any, text: str) -> None:
-    stream.write(text.encode("utf-8"))

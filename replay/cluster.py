@@ -7,6 +7,8 @@ default LocalCluster lets any local user run code as its owner.
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
@@ -49,21 +51,9 @@ def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[
     # dask reads its log level when it is imported, in a worker from the environment. What it logs of workers stopped at
     # their work, after an error or an interrupt, would bury the one line for the user.
     environment["DASK_DISTRIBUTED__LOGGING__DISTRIBUTED"] = "critical"
-    # dask's nanny makes the workers as daemons, from a fresh interpreter: no state of this process leaks into them.
     with (
         dask.config.set(_CONFIGURATION | {"distributed.nanny.pre-spawn-environ": environment}),
-        LocalCluster(
-            n_workers=min(workers, len(tasks)),
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            security=True,
-            dashboard_address=None,
-            # The scheduler's health page is served all the same; at port 0 two replays at a time do not meet.
-            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
+        _local_cluster(min(workers, len(tasks))) as cluster,
         Client(cluster) as client,
     ):
         futures = [
@@ -78,6 +68,32 @@ def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[
             if isinstance(outcome, LossledgerError):
                 raise outcome
             yield outcome
+
+
+def _local_cluster(workers: int) -> LocalCluster:
+    # Ctrl-C at a terminal reaches every process of the group. The workers inherit that it is ignored, and this process
+    # alone answers it, by stopping them.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+    try:
+        return LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            security=True,
+            dashboard_address=None,
+            # The scheduler's health page is served all the same; at port 0 two replays at a time do not meet.
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+            memory_limit=0,
+            silence_logs=logging.CRITICAL,
+        )
+    finally:
+        if _in_main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _outcome(job: Job, task: Task) -> Receipt | LossledgerError:

@@ -159,7 +159,7 @@ class ShardFolder:
         text = json.dumps(document, indent=1, sort_keys=True) + "\n"
         file = folder.path / SETTINGS_FILE
         if not file.exists() or file.read_text(encoding="utf-8") != text:
-            durable.write(file, lambda stream: _write_text(stream, text))
+            durable.write_text(file, text)
         return folder
 
     @classmethod
@@ -376,10 +376,6 @@ def _sweep(folder: Path) -> None:
                 leftover.unlink()
         except FileNotFoundError:
             continue  # its writer has just renamed it
-
-
-def _write_text(stream: Any, text: str) -> None:
-    stream.write(text.encode("utf-8"))
 
 
 def _checked(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:

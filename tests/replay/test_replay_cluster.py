@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from recorder.segments import segment_file
+from tests.cases import train
 
 pytestmark = pytest.mark.cluster
 
@@ -91,3 +94,25 @@ def test_an_error_in_a_worker_is_one_line_and_keeps_what_others_finished(run: Pa
     assert lines[-1].startswith(f"python -m replay: error: {file}: not a whole safetensors file (1000 bytes on disk;")
     assert "Traceback" not in answer.stderr
     assert [line.partition(":")[0] for line in lines] == [str(run), "self-check", "python -m replay"]
+
+
+def test_an_interrupt_at_the_terminal_is_one_line_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run, steps=150)
+    with subprocess.Popen(
+        _command(run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None and len(list(run.glob("shards/*/*.safetensors"))) < 4:
+            time.sleep(0.02)
+        # As a terminal does: every process of the group gets it, the workers too.
+        os.killpg(process.pid, signal.SIGINT)
+        out, complaints = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert complaints.splitlines()[-1] == "python -m replay: interrupted; everything finished so far is kept"
+    assert "Traceback" not in complaints
+    kept = {file: file.read_bytes() for file in run.glob("shards/*/*.safetensors")}
+    assert 4 <= len(kept) < 300
+    again = subprocess.run(_command(run), capture_output=True, text=True, check=False)
+    assert again.returncode in {0, 3}, again.stderr  # so late in so small a training some steps miss the tolerance
+    assert len(list(run.glob("shards/*/*.safetensors"))) == 300
+    assert all(file.read_bytes() == content for file, content in kept.items())
