@@ -74,13 +74,14 @@ def watch(
 
     Examples
     --------
-    >>> import recorder  # doctest: +SKIP
-    >>> with recorder.watch(model, optimizer, run="runs/x", workload="my_project:workload") as rec:  # doctest: +SKIP
-    ...     for batch in loader:
-    ...         rec.batch(batch["id"], batch)
-    ...         loss(model(batch)).backward()
-    ...         optimizer.step()
-    ...         optimizer.zero_grad()
+    In a training loop::
+
+        with recorder.watch(model, optimizer, run="runs/x", workload="my_project:workload") as rec:
+            for batch in loader:
+                rec.batch(batch["id"], batch)
+                loss(model(batch)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
     """
     if batches not in {"tensors", "indices"}:
         message = f"batches is 'tensors' or 'indices', not {batches!r}"

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from recorder.loading import load_workload
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.segments import Step
-from recorder.workload import load_workload
 from replay import lossdata
 from replay.allocate import Tolerance, allocate, sum_over_units
 from replay.gradients import Evaluation, LossSurface

@@ -13,8 +13,9 @@ import torch
 from recorder import batches, tensorfile
 from recorder.__main__ import main
 from recorder.errors import UsageError
+from recorder.loading import load_workload
 from recorder.runformat import Run
-from recorder.workload import RepeatsUpdates, Workload, load_workload
+from recorder.workload import RepeatsUpdates, Workload
 
 if importlib.util.find_spec("fairseq") is None:
     pytest.skip("needs fairseq 0.12.2", allow_module_level=True)

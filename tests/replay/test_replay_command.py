@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from recorder.loading import load_workload
 from recorder.runformat import Run
 from recorder.segments import segment_file, write_segment
-from recorder.workload import load_workload
 from replay import shards, work
 from replay.shards import ShardFolder, Status
 from tests import cases

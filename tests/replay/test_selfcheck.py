@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from recorder.errors import MismatchError
+from recorder.loading import load_workload
 from recorder.runformat import Run
 from recorder.segments import write_segment
-from recorder.workload import load_workload
 from replay.selfcheck import Report, check_update
 from tests import cases
 from tests.replay import variants
