@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recorder import commandline
+from recorder.manifest import MANIFEST_FILE
 from recorder.ranges import describe_ranges
 from recorder.runformat import Run
 from recorder.session import SEGMENT_STEPS
@@ -56,7 +57,11 @@ def _fairseq_train(options: argparse.Namespace, arguments: Sequence[str]) -> int
         batches=options.record_batches,
         segment_steps=options.record_segment_steps,
     )
-    commandline.say(f"{PROGRAM}: recorded {describe_ranges(Run(options.record_dir).segments)}")
+    if not (options.record_dir / MANIFEST_FILE).exists():
+        commandline.say(f"{PROGRAM}: the training made no update; {options.record_dir} holds nothing")
+        return commandline.FAILED
+    run = Run(options.record_dir)
+    commandline.say(f"{PROGRAM}: recorded {describe_ranges(run.segments)} ({run.manifest.state})")
     commandline.result(str(options.record_dir))
     return commandline.DONE
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from recorder.errors import UsageError
 from recorder.integrations.fairseq_import import fairseq
+from recorder.parameters import UnmappedParameterWarning
+from recorder.recording import RecorderWarning
 
 from fairseq import options, utils  # isort: skip (the shim above must come first)
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # isort: skip
@@ -32,6 +34,9 @@ def quietly() -> Iterator[None]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # What the recorder itself has to say is not fairseq's.
+        warnings.simplefilter("default", RecorderWarning)
+        warnings.simplefilter("default", UnmappedParameterWarning)
         yield
 
 

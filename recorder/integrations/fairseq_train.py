@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from recorder.errors import UsageError
 from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq, fairseq_config, quietly
 from recorder.manifest import Trainer
-from recorder.recording import Batches, Recording
+from recorder.recording import Batches, RecorderWarning, Recording
 from recorder.session import empty_folder, watch
 
 import fairseq_cli.train  # isort: skip (importable once the shim has run)
@@ -61,7 +62,12 @@ class _Session:
                 name="fairseq", version=fairseq.__version__, arguments=self._arguments, directory=str(Path.cwd())
             ),
         )
-        _copy_dictionaries(self._data, self._run / DICTIONARIES_FOLDER)
+        try:
+            _copy_dictionaries(self._data, self._run / DICTIONARIES_FOLDER)
+        except OSError as error:
+            # A full disk is the recorder's trouble, not the training's.
+            self.recording.close(f"the dictionaries could not be copied ({error})")
+            warnings.warn(f"{self._run} is not recorded: {error}", RecorderWarning, stacklevel=2)
         trainer.criterion.register_forward_pre_hook(self._before_forward)
         trainer.criterion.register_forward_hook(self._after_forward)
         return self.recording
@@ -69,7 +75,7 @@ class _Session:
     def _before_forward(self, criterion: Any, args: tuple[Any, ...]) -> None:
         if criterion.training and self.recording is not None:
             _, sample = args
-            self.recording.batch(sample["id"], sample)
+            self.recording.batch(sample.get("id", ()), sample)
 
     def _after_forward(self, criterion: Any, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         if criterion.training and self.recording is not None:

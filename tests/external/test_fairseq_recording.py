@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import re
 import zlib
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from recorder.__main__ import main
+from recorder.recording import RecorderWarning
 from recorder.runformat import Run
 
 if importlib.util.find_spec("fairseq") is None:
@@ -200,3 +202,42 @@ def test_a_record_dir_that_holds_anything_is_refused_and_left_untouched(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"python -m recorder: error: {tmp_path} is not empty; a run is never overwritten.")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_is_said_and_does_not_stop_the_training(
+    trainings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("recorder.recording.write_segment", full)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the stock training, which it is compared with
+    training, run = trainings["causal"], tmp_path / "run"
+    saved = ["--record-segment-steps", "2", "--save-dir", str(tmp_path / "out")]
+    with pytest.warns(RecorderWarning, match=r"No space left on device.*the training goes on unrecorded"):
+        assert main(["fairseq-train", "--record-dir", str(run), *training.arguments, *saved]) == 0
+    torch.set_num_threads(threads)
+    assert "no steps (incomplete: OSError at step 2: " in capsys.readouterr().err
+    mine, stock = checkpoint(tmp_path / "out" / "checkpoint_last.pt"), checkpoint(training.stock_checkpoint)
+    assert all(torch.equal(mine[name], stock[name]) for name in stock)
+
+
+def test_a_training_that_makes_no_update_is_said_to_have_made_none(
+    trainings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, run = trainings["causal"], tmp_path / "run"
+    finished = [
+        "--restore-file",
+        str(training.stock_checkpoint),
+        "--max-epoch",
+        "1",
+        "--save-dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(["fairseq-train", "--record-dir", str(run), *training.arguments, *finished, "--no-save"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"python -m recorder: the training made no update; {run} holds nothing"
