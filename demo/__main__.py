@@ -86,7 +86,7 @@ def _demo(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     prepared = _text(options)
     runs, codes = [], []
-    for training in trainings(prepared, updates=options.updates, layers=options.layers):
+    for training in trainings(prepared, options.out, updates=options.updates, layers=options.layers):
         run = options.out / "runs" / training.name
         _train(run, training)
         loss_data = ("--loss-data", "batch", "--loss-data", f"probe:{options.probe}")

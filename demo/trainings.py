@@ -50,13 +50,15 @@ class Training:
     arguments: tuple[str, ...]
 
 
-def trainings(text: PreparedText, *, updates: int, layers: int = LAYERS) -> tuple[Training, ...]:
+def trainings(text: PreparedText, out: Path, *, updates: int, layers: int = LAYERS) -> tuple[Training, ...]:
     """List the demo's trainings.
 
     Parameters
     ----------
     text
         The binarised data.
+    out
+        The demo's folder.
     updates
         Updates of each training; a quarter of them warm up.
     layers
@@ -69,7 +71,8 @@ def trainings(text: PreparedText, *, updates: int, layers: int = LAYERS) -> tupl
     """
     warm_up = max(2, updates // 4)
     schedule = ("--max-update", str(updates), "--total-num-update", str(updates), "--warmup-updates", str(warm_up))
-    shared = (*SHARED, *schedule)
+    # fairseq makes the folder even where it saves nothing.
+    shared = (*SHARED, *schedule, "--save-dir", str(out / "checkpoints"))
     return (
         Training(name="translation", title="translation", arguments=(*_translation(text.translation, layers), *shared)),
         Training(name="causal-lm", title="causal LM", arguments=(*_causal(text.language_model, layers), *shared)),
