@@ -14,6 +14,25 @@ import torch
 from recorder.errors import FormatError
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to host memory; from a GPU without waiting for what it still has to do.
+
+    Parameters
+    ----------
+    tensor
+        Anywhere.
+
+    Returns
+    -------
+    torch.Tensor
+        A contiguous copy; from a GPU it is whole once the GPU's current stream has come so far.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True).contiguous()
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
 def take_apart(batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """Split a micro-batch into its nest, as JSON types, and its tensors, copied to host memory.
 
@@ -35,7 +54,7 @@ def take_apart(batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             while path in tensors:  # a key may itself hold a dot
                 path += "'"
-            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+            tensors[path] = to_host(value.detach())
             return {"tensor": path}
         return _visit_nest(value, path, visit)
 

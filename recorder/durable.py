@@ -54,10 +54,23 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        temporary.replace(path)
+        publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a file that is whole and synced its final name, durably.
+
+    Parameters
+    ----------
+    temporary
+        The file, in the same folder.
+    path
+        Its final path. An existing file is replaced in one atomic rename.
+    """
+    temporary.replace(path)
     _fsync_folder(path.parent)
 
 

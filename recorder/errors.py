@@ -29,3 +29,7 @@ class DamagedFileError(FormatError):
 
 class MismatchError(LossledgerError):
     """Recomputing something that was recorded did not reproduce the record."""
+
+
+class JoinError(UsageError):
+    """A restarted training does not go on from what its run recorded: the record would lie."""

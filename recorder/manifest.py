@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from recorder import durable
-from recorder.errors import FormatError, UsageError
+from recorder.errors import DamagedFileError, FormatError, UsageError
 from recorder.table import Parameter
 
 FORMAT = "lossledger-run"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
+_SEAL = ',\n "crc32": "'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,35 @@ class OptimizerFacts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One process (or group of processes) that recorded into the run: the first, or one restarted from a checkpoint.
+
+    Parameters
+    ----------
+    number
+        From 1.
+    first_step
+        Its first step. Steps of earlier attempts from there on are replaced, and kept.
+    joined
+        How its first parameters were found to be those that the run holds: ``first``, ``verified``, or
+        ``not verified: <why>``.
+    state
+        ``recording``, ``complete``, or ``incomplete: <why>``.
+    processes
+        Number of processes of the data-parallel training, each with micro-batches of its own.
+    created
+        When it began: ISO 8601, UTC.
+    """
+
+    number: int
+    first_step: int
+    joined: str
+    state: str
+    processes: int = 1
+    created: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What is recorded once for a run.
 
@@ -69,8 +100,6 @@ class Manifest:
     ----------
     run_id
         Identity of the run: 32 hexadecimal digits.
-    state
-        ``recording``, ``complete``, or ``incomplete: <why>``.
     path
         ``recorded``: every step's parameters are the optimizer's own.
     workload
@@ -82,9 +111,17 @@ class Manifest:
     recipe
         What the training's bits depend on (`recorder.recipe.current_recipe`).
     batches
-        ``tensors`` or ``indices``: whether the tensors of every micro-batch were stored.
+        ``store`` or ``indices``: whether the tensors of every micro-batch were stored.
+    steps
+        Which steps are recorded (`recorder.selection.StepSelection`).
     parameters
         The parameter table.
+    attempts
+        All attempts, in order; the last one is, or was, recording.
+    buffers
+        Names of the model's buffers that each θ is recorded with.
+    files
+        Name to CRC-32 of every file in ``trainer/``.
     unrecorded_changes
         Names of tensors that changed during training although no step records them: buffers, and parameters of an
         optimizer that was not watched.
@@ -93,7 +130,6 @@ class Manifest:
     """
 
     run_id: str
-    state: str
     path: str
     workload: str | None
     trainer: Trainer
@@ -101,6 +137,10 @@ class Manifest:
     recipe: Mapping[str, Any]
     batches: str
     parameters: tuple[Parameter, ...]
+    attempts: tuple[Attempt, ...]
+    steps: str = "all"
+    buffers: tuple[str, ...] = ()
+    files: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unrecorded_changes: tuple[str, ...] = ()
     provenance: Mapping[str, Any]
 
@@ -108,6 +148,16 @@ class Manifest:
     def trained(self) -> tuple[Parameter, ...]:
         """The parameters that are in the ledger."""
         return tuple(parameter for parameter in self.parameters if parameter.trained)
+
+    @property
+    def attempt(self) -> Attempt:
+        """The last attempt."""
+        return self.attempts[-1]
+
+    @property
+    def state(self) -> str:
+        """The state of the last attempt."""
+        return self.attempt.state
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON types.
@@ -146,10 +196,14 @@ class Manifest:
                 f"version {document.get('version')!r}"
             )
             raise FormatError(message)
-        fields = {key: value for key, value in document.items() if key not in {"format", "version"}}
+        fields = {key: value for key, value in document.items() if key not in {"format", "version", "crc32"}}
         known = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - set(known))
-        optional = {name for name, field in known.items() if field.default is not dataclasses.MISSING}
+        optional = {
+            name
+            for name, field in known.items()
+            if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        }
         missing = sorted(set(known) - set(fields) - optional)
         if unknown or missing:
             message = f"{source}: missing fields {missing}, unknown fields {unknown}"
@@ -166,9 +220,11 @@ class Manifest:
             raise FormatError(message) from error
         try:
             fields["parameters"] = tuple(Parameter.from_dict(row) for row in fields["parameters"])
-            fields["unrecorded_changes"] = tuple(fields.get("unrecorded_changes", ()))
+            fields["attempts"] = tuple(Attempt(**row) for row in fields["attempts"])
+            for name in ("buffers", "unrecorded_changes"):
+                fields[name] = tuple(fields.get(name, ()))
         except (AttributeError, TypeError) as error:
-            message = f"{source}: the parameter table or the changing buffers are not understood ({error})"
+            message = f"{source}: the parameter table, the attempts or the buffers are not understood ({error})"
             raise FormatError(message) from error
         return cls(**fields)
 
@@ -180,8 +236,8 @@ class Manifest:
         run
             The run's folder.
         """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        durable.write_text(run / MANIFEST_FILE, text)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False).removesuffix("\n}")
+        durable.write_text(run / MANIFEST_FILE, _sealed(text))
 
     @classmethod
     def read(cls, run: Path) -> Manifest:
@@ -213,11 +269,20 @@ class Manifest:
             message = f"{run} is no run: it holds no {MANIFEST_FILE}. A run is the folder given to recorder.watch"
             raise UsageError(message)
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            document = json.loads(text)
         except (OSError, ValueError) as error:
             message = f"{file}: cannot be read as JSON ({error})"
             raise FormatError(message) from error
         if not isinstance(document, dict):
             message = f"{file}: expected a JSON object, found {type(document).__name__}"
             raise FormatError(message)
+        if document.get("format") == FORMAT and text != _sealed(text.rpartition(_SEAL)[0]):
+            message = f"{file}: is damaged: it fails its own CRC-32. Restore it from a copy"
+            raise DamagedFileError(message)
         return cls.from_dict(document, str(file))
+
+
+def _sealed(text: str) -> str:
+    # The last entry covers all that stands before it, so that a flipped bit anywhere shows.
+    return f'{text}{_SEAL}{zlib.crc32(text.encode()):08x}"\n}}\n'

@@ -1,4 +1,4 @@
-"""A run in the making: what the optimizer's hooks and the training loop tell, written as segments.
+"""A run in the making: what the optimizer's hooks and the training loop tell, handed to the background writer.
 
 The recorder draws from no random generator, changes no gradient and no parameter; an error of its own becomes a
 warning and an incomplete run.
@@ -6,38 +6,53 @@ warning and an incomplete run.
 
 from __future__ import annotations
 
-import dataclasses
-import platform
-import uuid
+import atexit
+import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
 import torch
 
-from recorder import batches, runformat, tensorfile
-from recorder.errors import UsageError
-from recorder.manifest import FORMAT, VERSION, Manifest, Trainer
+from recorder import pending
+from recorder.errors import JoinError, UsageError
+from recorder.estimate import describe_cost
+from recorder.layout import BUFFERS, PARAMETERS, Layout, Slot
+from recorder.modelbuffers import ModelBuffers
 from recorder.parameters import warn_of_unmapped
-from recorder.recipe import current_recipe
-from recorder.segments import SEGMENTS_FOLDER, MicroBatch, Step, write_segment
+from recorder.pending import Announced
+from recorder.processes import from_first, this_process
+from recorder.runfolder import RunFolder
+from recorder.segmentwriter import SegmentWriter, State
+from recorder.selection import StepSelection
+from recorder.staging import Staging
 from recorder.watched import Watched
+from recorder.writer import BackgroundWriter, QuotaReached
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-Batches = Literal["tensors", "indices"]
+Batches = Literal["store", "indices"]
 P = ParamSpec("P")
 
 GRADIENT_NORMS = 3
 """First steps whose gradient norm is recorded: those that replay's self-check does again."""
+
+SEGMENT_STEPS = 64
+"""Steps to a segment: its first parameters are stored whole, 1.6 % of every step's."""
+
+NARROW_SEGMENT_STEPS = 128
+"""For 16-bit parameters, whose differences are far smaller than they are."""
+
+UNRECORDED_EVERY = 64
+"""Steps between two looks at what must not change."""
+
+LOG = logging.getLogger("lossledger.recorder")
 
 
 class RecorderWarning(UserWarning):
@@ -52,7 +67,8 @@ def _harmless(method: Callable[Concatenate[Recording, P], None]) -> Callable[Con
         try:
             method(self, *args, **kwargs)
         except Exception as error:
-            if self._strict:
+            if self._strict or isinstance(error, JoinError):
+                self._end(error)
                 raise
             self._give_up(error)
 
@@ -72,31 +88,37 @@ class Recording:
 
     def __init__(
         self,
-        model: nn.Module,
+        watched: Watched,
+        buffers: ModelBuffers,
         optimizer: Optimizer,
+        folder: RunFolder | None,
         *,
         run: Path,
-        workload: str | None,
-        trainer: Trainer,
+        steps: StepSelection,
         batches: Batches,
+        quota: int | None,
         first_step: int,
-        segment_steps: int,
+        segment_steps: int | None,
         strict: bool,
     ) -> None:
         self.run = run
         self.epoch = 1
-        self._watched = Watched(model, optimizer)
-        self._strict = strict
-        self._store_tensors = batches == "tensors"
-        self._segment_steps = segment_steps
-        self._state = "recording"
+        self._watched = watched
+        self._buffers = buffers
+        self._folder = folder
+        self._steps = steps
+        self._store_tensors = batches == "store"
+        self._quota = quota
         self._next_step = first_step
-        self._workload = workload
-        self._trainer = trainer
-        self._manifest: Manifest | None = None
-        self._pending: list[MicroBatch] = []
-        self._steps: list[Step] = []
-        self._thetas: list[dict[str, torch.Tensor]] = []
+        self._segment_steps = segment_steps
+        self._strict = strict
+        self._state = "recording"
+        self._pending: list[Announced] = []
+        self._announced_unkept = False
+        self._writer: BackgroundWriter | None = None
+        self._staging: Staging | None = None
+        self._staged: int | None = None
+        self._recorded_steps = 0
         self._learning_rates: tuple[float, ...] = ()
         self._gradient_norm: float | None = None
         self._gradient_norms_left = GRADIENT_NORMS
@@ -104,6 +126,7 @@ class Recording:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        atexit.register(self._close_at_exit)
 
     def __enter__(self) -> Recording:
         return self
@@ -114,28 +137,26 @@ class Recording:
         self.close(None if kind is None else f"training ended with {kind.__name__}")
 
     @_harmless
-    def batch(self, indices: Iterable[int] | torch.Tensor, batch: Any = None) -> None:
+    def batch(self, indices: Iterable[int] | torch.Tensor | None, batch: Any = None) -> None:
         """Announce the next micro-batch, just before its forward pass.
 
         Parameters
         ----------
         indices
-            The data set indices of its examples.
+            The data set indices of its examples; None where the data has none.
         batch
             The micro-batch itself: tensors in any nest of dicts, lists and tuples. Recorded with the step, so that
             replay need not collate it again; without it, the workload collates the indices.
         """
-        entry = torch.as_tensor(indices if isinstance(indices, torch.Tensor) else list(indices), dtype=torch.int64)
-        nest, tensors = (None, {}) if batch is None else batches.take_apart(batch)
-        self._pending.append(
-            MicroBatch(
-                indices=entry.detach().to("cpu", copy=True).reshape(-1),
-                nest=nest,
-                tensors=tensors if self._store_tensors else {},
-                checksums={path: tensorfile.checksum(tensor) for path, tensor in tensors.items()},
-                random_state=self._watched.random_state(),
-            )
-        )
+        if not self._steps.keeps(self._next_step):
+            self._announced_unkept = True
+            return
+        if self._pending and self._watched.gradients_dropped():
+            # A gradient scaler skipped the update that they were for, and no hook told.
+            self._pending.clear()
+        if not self._pending and self._staged != self._next_step:
+            self._buffers.keep()
+        self._pending.append(Announced.of(indices, batch, self._watched.random_state()))
 
     @_harmless
     def loss(self, loss_sum: torch.Tensor | float, predictions: torch.Tensor | float) -> None:
@@ -153,16 +174,25 @@ class Recording:
         UsageError
             If no micro-batch was announced.
         """
+        if self._announced_unkept and not self._pending:
+            return
         if not self._pending:
             message = "Recording.loss was called before Recording.batch announced a micro-batch"
             raise UsageError(message)
-        self._pending[-1] = dataclasses.replace(
-            self._pending[-1], loss_sum=_number(loss_sum), predictions=_number(predictions)
-        )
+        self._pending[-1].loss_sum = pending.to_host(loss_sum)
+        self._pending[-1].predictions = pending.to_host(predictions)
 
     def forget_pending(self) -> None:
         """Drop the micro-batches announced since the last step: the update they were for did not happen."""
         self._pending.clear()
+        self._announced_unkept = False
+
+    @_harmless
+    def flush(self) -> None:
+        """Wait until every step so far is on the disk: called before a checkpoint, none that it follows can be lost."""
+        if self._writer is not None:
+            self._writer.flush()
+            self._raise_failure()
 
     def close(self, interrupted: str | None = None) -> None:
         """Write what is left and end the recording; a second call does nothing.
@@ -174,130 +204,188 @@ class Recording:
         """
         for hook in self._hooks:
             hook.remove()
-        self._finish()
-        if self._state == "recording":
-            self._state = "complete" if interrupted is None else f"incomplete: {interrupted}"
-            if self._manifest is not None:
-                warn_of_unmapped(self._manifest.parameters)
-                self._write_manifest()
+        atexit.unregister(self._close_at_exit)
+        self._finish("complete" if interrupted is None else f"incomplete: {interrupted}")
+        self._release()
+
+    def _close_at_exit(self) -> None:
+        self.close("the program ended without closing the recording")
 
     @_harmless
-    def _finish(self) -> None:
-        self._watch_unrecorded()
-        if self._steps:
-            self._write_segment()
+    def _finish(self, state: str) -> None:
+        self._warn_of_unrecorded()
+        if self._writer is not None:
+            self._writer.close()
+            self._raise_failure()
+        self._state = state
+        if self._folder is not None:
+            warn_of_unmapped(self._watched.table)
+            self._folder.write(state=state)
+        if self._writer is not None:
+            LOG.info("%s", self._outcome(self._writer))
+
+    def _outcome(self, writer: BackgroundWriter) -> str:
+        steps = max(self._recorded_steps, 1)
+        waited = self._staging.waited if self._staging else 0.0
+        return (
+            f"recorded {self._recorded_steps} steps into {self.run}: {writer.bytes / steps / 1e6:.3g} MB a step; "
+            f"coding and writing took {writer.busy / steps * 1e3:.3g} ms a step beside the training, "
+            f"which waited {waited:.3g} s for it"
+        )
+
+    def _raise_failure(self) -> None:
+        if self._writer is not None and self._writer.failure is not None:
+            raise self._writer.failure
+
+    def _end(self, error: Exception) -> None:
+        reason = (str(error).splitlines() or [""])[0]  # torch's messages can run to pages
+        failed_at = self._writer.failed_at if self._writer and self._writer.failed_at is not None else self._next_step
+        kind = "the quota is reached" if isinstance(error, QuotaReached) else type(error).__name__
+        self._state = f"incomplete: {kind} at step {failed_at}: {reason}"
+        self._pending.clear()
+        # Whatever failed may fail again, a full disk for one; the caller tells the user, and the training goes on.
+        with suppress(Exception):
+            if self._writer is not None:
+                self._writer.close()
+        self._staging = None
+        if self._folder is not None:
+            self._folder.drop_ballast()
+            with suppress(Exception):
+                self._folder.write(state=self._state)
+        self._release()
 
     def _give_up(self, error: Exception) -> None:
-        reason = (str(error).splitlines() or [""])[0]  # torch's messages can run to pages
-        self._state = f"incomplete: {type(error).__name__} at step {self._next_step}: {reason}"
-        self._pending.clear()
-        # Whatever failed may fail again, a full disk for one; the warning below says so and the training goes on.
-        with suppress(Exception):
-            if self._steps and len(self._thetas) == len(self._steps) + 1:
-                self._write_segment()
-        with suppress(Exception):
-            self._write_manifest()
-        self._steps, self._thetas = [], []
+        self._end(error)
         message = f"recording of {self.run} ended ({self._state}); the training goes on unrecorded"
         warnings.warn(message, RecorderWarning, stacklevel=3)
+
+    def _release(self) -> None:
+        if self._folder is not None:
+            self._folder.drop_ballast()
+            self._folder.release()
 
     @_harmless
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._learning_rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
-        if self._manifest is None:
+        self._raise_failure()
+        if self._writer is None:
             self._begin()
-        if self._watched.find_first_gradients():
-            self._write_manifest()
+        late = self._watched.find_first_gradients()
+        if late:
+            self._write_table()
+        if self._staging is not None:
+            self._staging.before_update()
+        if self._steps.keeps(self._next_step) and (late or self._staged != self._next_step):
+            if late:
+                self._buffers.keep()
+            self._put(self._stage(self._next_step, at_start=True), None)
         self._gradient_norm = None
         if self._gradient_norms_left:
             self._gradient_norms_left -= 1
             self._gradient_norm = self._watched.gradient_norm()
 
     def _begin(self) -> None:
-        watched = self._watched
-        watched.settle_table()
-        (self.run / SEGMENTS_FOLDER).mkdir(parents=True, exist_ok=True)
-        state = watched.optimizer_state()
-        if state:
-            runformat.write_optimizer_state(self.run, state)
-        tensorfile.write(
-            self.run / runformat.UNTRAINED_FILE,
-            watched.copies(trained=False),
-            {"format": FORMAT, "version": VERSION},
-        )
-        self._manifest = Manifest(
-            run_id=uuid.uuid4().hex,
-            state=self._state,
-            path="recorded",
-            workload=self._workload,
-            trainer=self._trainer,
-            optimizer=watched.optimizer_facts(),
-            recipe=current_recipe(watched.device),
-            batches="tensors" if self._store_tensors else "indices",
-            parameters=watched.table,
-            provenance=_provenance(),
-        )
-        self._write_manifest()
-        self._thetas = [watched.copies(trained=True)]
+        self._buffers.settle()
+        self._watched.settle_table(recorded_buffers=self._buffers.changing)
+        rank, _ = this_process()
+        identity = None
+        try:
+            if self._folder is not None:
+                manifest = self._folder.begin(self._watched, self._buffers)
+                identity = (manifest.run_id, manifest.attempt.number)
+        finally:
+            # The others wait for it, also where this process failed.
+            identity = from_first(identity)
+        if identity is None:
+            message = "process 0 could not begin the recording"
+            raise UsageError(message)
+        layout = self._layout() if rank == 0 else Layout(())
+        segment_steps = self._segment_steps or _segment_steps(layout)
+        segments = SegmentWriter(self.run, identity[0], identity[1], rank, segment_steps)
+        self._writer = BackgroundWriter(segments, self._quota_left())
+        if rank == 0:
+            LOG.info("%s", describe_cost(layout, self._steps, self._next_step, self.run))
+
+    def _quota_left(self) -> int | None:
+        if self._quota is None or self._folder is None:
+            return self._quota
+        return self._quota - sum(file.stat().st_size for file in self.run.rglob("*") if file.is_file())
+
+    def _tensors(self, *, at_start: bool = False) -> list[tuple[str, str, torch.Tensor]]:
+        buffers = self._buffers.at_start() if at_start else self._buffers.now()
+        return [
+            *((PARAMETERS, name, tensor) for name, tensor in self._watched.live().items()),
+            *((BUFFERS, name, tensor) for name, tensor in buffers.items()),
+        ]
+
+    def _layout(self) -> Layout:
+        return Layout(tuple(Slot.of(*entry) for entry in self._tensors(at_start=True)))
+
+    def _stage(self, number: int, *, at_start: bool = False) -> State | None:
+        if self._folder is None:
+            return None
+        tensors = self._tensors(at_start=at_start)
+        layout = Layout(tuple(Slot.of(*entry) for entry in tensors))
+        if self._staging is None or self._staging.layout != layout:
+            self._staging = Staging(layout, self._watched.device)
+        return self._staging.copy(number, [tensor for _, _, tensor in tensors])
+
+    def _put(self, state: State | None, step: Callable[[], Any] | None) -> None:
+        assert self._writer is not None
+        if state is not None or step is not None:
+            self._writer.put(state, step)
+        self._staged = self._next_step
 
     @_harmless
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._watched.skipped():
+            self.forget_pending()
+            return
+        step = self._next_step
+        self._announced_unkept = False
+        if not self._steps.keeps(step):
+            self._next_step += 1
+            return
         if not self._pending:
-            message = f"step {self._next_step} had no micro-batch: call Recording.batch before each forward pass"
+            message = f"step {step} had no micro-batch: call Recording.batch before each forward pass"
             raise UsageError(message)
-        self._thetas.append(self._watched.copies(trained=True))
-        self._steps.append(
-            Step(
-                step=self._next_step,
+        state = self._stage(step + 1)
+        self._next_step += 1
+        self._put(
+            state,
+            pending.finisher(
+                self._pending,
+                store=self._store_tensors,
+                step=step,
                 epoch=self.epoch,
                 seed=torch.initial_seed(),
                 learning_rates=self._learning_rates,
-                micro_batches=tuple(self._pending),
                 gradient_norm=self._gradient_norm,
-            )
+            ),
         )
         self._pending = []
-        self._next_step += 1
-        if len(self._steps) == self._segment_steps:
-            self._write_segment()
+        self._recorded_steps += 1
+        if self._recorded_steps % UNRECORDED_EVERY == 0:
+            self._warn_of_unrecorded()
+        if self._steps.last == step:
+            self._finish("complete")
 
-    def _write_segment(self) -> None:
-        write_segment(self.run, self._thetas, self._steps)
-        self._steps, self._thetas = [], self._thetas[-1:]
-        self._watch_unrecorded()
-
-    def _watch_unrecorded(self) -> None:
+    def _warn_of_unrecorded(self) -> None:
         if self._watched.find_unrecorded_changes():
-            self._write_manifest()
+            changes = tuple(sorted(self._watched.unrecorded_changes))
+            if self._folder is not None:
+                self._folder.write(unrecorded_changes=changes)
             message = (
-                f"{', '.join(sorted(self._watched.unrecorded_changes))} change in training, but no step records them "
-                f"(buffers, or parameters of an optimizer that is not watched): {self.run} cannot be replayed"
+                f"{', '.join(changes)} change in training, but no step records them (parameters left out, of an "
+                f"optimizer that is not watched, or buffers that changed late): {self.run} cannot be replayed"
             )
             warnings.warn(message, RecorderWarning, stacklevel=3)
 
-    def _write_manifest(self) -> None:
-        if self._manifest is not None:
-            self._manifest = dataclasses.replace(
-                self._manifest,
-                state=self._state,
-                parameters=self._watched.table,
-                unrecorded_changes=tuple(sorted(self._watched.unrecorded_changes)),
-            )
-            self._manifest.write(self.run)
+    def _write_table(self) -> None:
+        if self._folder is not None:
+            self._folder.write(parameters=self._watched.table)
 
 
-def _number(value: torch.Tensor | float) -> float:
-    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
-
-
-def _provenance() -> Mapping[str, Any]:
-    try:
-        own = version("lossledger")
-    except PackageNotFoundError:
-        own = "unknown"
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "lossledger": own,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
+def _segment_steps(layout: Layout) -> int:
+    narrow = all(dtype in {"float16", "bfloat16"} for dtype in layout.sizes)
+    return NARROW_SEGMENT_STEPS if narrow and layout.sizes else SEGMENT_STEPS

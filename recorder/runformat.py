@@ -1,33 +1,48 @@
 """A run opened for reading: any step, any θ.
 
-    RUN/manifest.json                              recorder.manifest
-    RUN/untrained.safetensors                      tensors that never received a gradient, once
-    RUN/optimizer.safetensors                      optimizer state at the first step, unless it had none
-    RUN/segments/00000000-00000016.safetensors     recorder.segments
+    RUN/manifest.json                                  recorder.manifest
+    RUN/untrained.safetensors                          tensors that are recorded once
+    RUN/optimizer.safetensors                          optimizer state at the first step, unless it had none
+    RUN/segments/001-00000000-00000064.safetensors     recorder.segments
 
-Described for readers in any language in docs/formats/run.md. This module, `recorder.manifest` and `recorder.segments`
-alone write, read and validate a run.
+Described for readers in any language in docs/formats/run.md. This module, `recorder.manifest`, `recorder.segments` and
+`recorder.steps` alone write, read and validate a run.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from recorder import tensorfile
 from recorder.errors import DamagedFileError, UsageError
-from recorder.manifest import FORMAT, VERSION, Manifest
+from recorder.manifest import FORMAT, VERSION, Attempt, Manifest
 from recorder.ranges import describe_ranges, joined_ranges
-from recorder.segments import SEGMENTS_FOLDER, Segment, Step, segment_file
+from recorder.segments import Segment, SegmentName, list_segments, segment_file
+from recorder.selection import StepSelection
+from recorder.steps import Step
 
 UNTRAINED_FILE = "untrained.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 
-_SEGMENT_NAME = re.compile(r"(\d{8})-(\d{8})\.safetensors")
+
+def optimizer_file(attempt: int) -> str:
+    """Name the file of the optimizer's state at the first step of an attempt.
+
+    Parameters
+    ----------
+    attempt
+        Its number.
+
+    Returns
+    -------
+    str
+        The file's name in the run's folder.
+    """
+    return "optimizer.safetensors" if attempt == 1 else f"optimizer-{attempt:03d}.safetensors"
 
 
 class Run:
@@ -37,55 +52,83 @@ class Run:
     ----------
     path
         The run's folder.
+    attempt
+        Read the run as it was at the end of this attempt; the last one by default.
 
     Attributes
     ----------
     manifest : Manifest
         What is recorded once.
+
+    Raises
+    ------
+    UsageError
+        If the run has no such attempt.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, attempt: int | None = None) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
-        self._ranges = self._list_segments()
-        self._open: Segment | None = None
+        numbers = [entry.number for entry in self.manifest.attempts]
+        if attempt is not None and attempt not in numbers:
+            message = f"{self.path}: has no attempt {attempt}; it has {', '.join(map(str, numbers))}"
+            raise UsageError(message)
+        self._selection = StepSelection(self.manifest.steps)
+        self._files = list_segments(self.path)
+        self._timeline = timeline(self._files, self.manifest.attempts[: attempt or None])
+        self._open: dict[int, Segment] = {}
         self._untrained: dict[str, torch.Tensor] | None = None
-
-    def _list_segments(self) -> list[tuple[int, int]]:
-        folder = self.path / SEGMENTS_FOLDER
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        matches = [match for match in map(_SEGMENT_NAME.fullmatch, names) if match]
-        return sorted((int(match[1]), int(match[2])) for match in matches)
 
     @property
     def segments(self) -> list[tuple[int, int]]:
-        """First step and stop of every segment, in order."""
-        return list(self._ranges)
+        """Start and stop of every segment, in order, without steps that a later attempt replaced."""
+        return [(part.start, part.stop) for part in self._timeline]
+
+    @property
+    def attempts(self) -> list[tuple[int, int, int]]:
+        """Number of the attempt, start and stop of every range of steps that one attempt recorded."""
+        ranges: list[tuple[int, int, int]] = []
+        for part in self._timeline:
+            if ranges and ranges[-1][0] == part.segment.attempt and ranges[-1][2] == part.start:
+                ranges[-1] = (part.segment.attempt, ranges[-1][1], part.stop)
+            else:
+                ranges.append((part.segment.attempt, part.start, part.stop))
+        return ranges
 
     @property
     def steps(self) -> list[int]:
         """Every recorded step, in order."""
-        return [t for start, stop in self._ranges for t in range(start, stop)]
+        return [t for part in self._timeline for t in self._selection.between(part.start, part.stop)]
 
     @property
     def consecutive(self) -> list[tuple[int, int]]:
-        """Start and stop of every range of consecutive recorded steps: the segments, neighbours joined."""
-        return joined_ranges(self._ranges)
+        """Start and stop of every range of consecutive recorded steps."""
+        if self._selection.text == "all":
+            return joined_ranges(self.segments)
+        return joined_ranges([(t, t + 1) for t in self.steps])
 
-    def _segment(self, t: int, *, end: bool = False) -> Segment:
-        # θ_t stands in the segment that t begins or lies in, and also, as its end, in the one before.
-        ranges: Iterable[tuple[int, int]] = self._ranges
-        found = next((r for r in ranges if r[0] <= t < r[1] or (end and t == r[1])), None)
-        if found is None:
-            message = f"{self.path}: step {t} is not recorded; recorded are {describe_ranges(self._ranges)}"
-            raise UsageError(message)
-        file = segment_file(self.path, *found)
-        if self._open is None or self._open.path != file:
-            self._open = Segment(file)
-        return self._open
+    def _part(self, t: int) -> Part | None:
+        if not self._selection.keeps(t):
+            return None
+        return next((part for part in self._timeline if part.start <= t < part.stop), None)
+
+    def _segment(self, name: SegmentName) -> Segment:
+        segment = self._open.get(name.rank)
+        if segment is None or segment.name != name:
+            file = segment_file(self.path, name.start, name.stop, attempt=name.attempt, rank=name.rank)
+            segment = self._open[name.rank] = Segment(file)
+            if segment.run_id != self.manifest.run_id:
+                message = f"{file}: expected a segment of run {self.manifest.run_id}, found one of {segment.run_id}"
+                raise DamagedFileError(message)
+        return segment
+
+    def _not_recorded(self, t: int) -> UsageError:
+        return UsageError(
+            f"{self.path}: step {t} is not recorded; recorded are {describe_ranges(self.consecutive)}"
+        )
 
     def step(self, t: int) -> Step:
-        """Read what is recorded of step t besides the parameters; a `UsageError` tells if it is not recorded.
+        """Read what is recorded of step t besides the parameters.
 
         Parameters
         ----------
@@ -95,9 +138,23 @@ class Run:
         Returns
         -------
         Step
-            The step.
+            The step, with the micro-batches of all processes.
+
+        Raises
+        ------
+        UsageError
+            If it is not recorded.
         """
-        return self._segment(t).step(t)
+        part = self._part(t)
+        if part is None:
+            raise self._not_recorded(t)
+        of_processes = [
+            self._segment(name).step(t)
+            for name in self._files
+            if name.attempt == part.segment.attempt and name.start <= t < name.stop
+        ]
+        micro_batches = tuple(micro_batch for step in of_processes for micro_batch in step.micro_batches)
+        return dataclasses.replace(of_processes[0], micro_batches=micro_batches)
 
     def parameters(self, t: int) -> dict[str, torch.Tensor]:
         """Read θ_t: every trained parameter at the start of step t, which is the end of step t-1.
@@ -105,7 +162,7 @@ class Run:
         Parameters
         ----------
         t
-            A recorded step, or one more than the last of a segment.
+            A recorded step, or one more than a recorded step.
 
         Returns
         -------
@@ -117,7 +174,7 @@ class Run:
         DamagedFileError
             If a parameter of the table is neither in the segment nor among the constants.
         """
-        theta = self._segment(t, end=True).parameters(t)
+        theta = self._holding(t).parameters(t)
         complete = {}
         for parameter in self.manifest.trained:
             # Before its first gradient a parameter stood among the untrained ones.
@@ -127,6 +184,28 @@ class Run:
                 raise DamagedFileError(message)
             complete[parameter.name] = tensor
         return complete
+
+    def buffers(self, t: int) -> dict[str, torch.Tensor]:
+        """Read the buffers that change in training, as they were before step t.
+
+        Parameters
+        ----------
+        t
+            As for `parameters`.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            Name to tensor in host memory.
+        """
+        return self._holding(t).buffers(t)
+
+    def _holding(self, t: int) -> Segment:
+        # θ_t stands in the segment of step t, and also, as its end, in the one of step t-1.
+        part = self._part(t) or (self._part(t - 1) if t else None)
+        if part is None:
+            raise self._not_recorded(t)
+        return self._segment(part.segment)
 
     def untrained(self) -> dict[str, torch.Tensor]:
         """Read the tensors that received no gradient in the first step, at their initial values.
@@ -149,9 +228,9 @@ class Run:
         dict or None
             As ``optimizer.state_dict()["state"]``; None if the optimizer had none yet.
         """
-        if self.manifest.optimizer.fresh:
+        if self.manifest.optimizer.fresh or not self._timeline:
             return None
-        file = tensorfile.TensorFile(self.path / OPTIMIZER_FILE)
+        file = tensorfile.TensorFile(self.path / optimizer_file(self._timeline[0].segment.attempt))
         state: dict[Any, dict[str, Any]] = {}
         for name in file.names:
             index, key = name.split("/", 1)
@@ -161,7 +240,56 @@ class Run:
         return state
 
 
-def write_optimizer_state(run: Path, state: Mapping[int, Mapping[str, Any]]) -> None:
+class Part(NamedTuple):
+    """Steps of a run that stand in one segment.
+
+    Parameters
+    ----------
+    start, stop
+        The range of steps.
+    segment
+        The segment with their parameters.
+    """
+
+    start: int
+    stop: int
+    segment: SegmentName
+
+
+def timeline(files: Sequence[SegmentName], attempts: Sequence[Attempt]) -> list[Part]:
+    """Order the segments of all attempts: where an attempt began, it replaces what earlier ones recorded from there on.
+
+    Parameters
+    ----------
+    files
+        All segments.
+    attempts
+        The attempts to follow, in order.
+
+    Returns
+    -------
+    list of Part
+        By step. Only steps of which every process left its segment.
+    """
+    parts: list[Part] = []
+    for attempt in attempts:
+        own = [name for name in files if name.attempt == attempt.number]
+        recorded = [Part(name.start, name.stop, name) for name in own if name.rank == 0]
+        for rank in range(1, attempt.processes):
+            recorded = _within(recorded, joined_ranges([(name.start, name.stop) for name in own if name.rank == rank]))
+        if recorded:
+            parts = [*_within(parts, [(0, attempt.first_step)]), *recorded]
+    return parts
+
+
+def _within(parts: Sequence[Part], ranges: Sequence[tuple[int, int]]) -> list[Part]:
+    cut = [
+        Part(max(part.start, start), min(part.stop, stop), part.segment) for part in parts for start, stop in ranges
+    ]
+    return [part for part in cut if part.start < part.stop]
+
+
+def write_optimizer_state(run: Path, state: Mapping[int, Mapping[str, Any]], attempt: int) -> None:
     """Write an optimizer's state, tensors and plain numbers.
 
     Parameters
@@ -170,6 +298,8 @@ def write_optimizer_state(run: Path, state: Mapping[int, Mapping[str, Any]]) -> 
         The run's folder.
     state
         As ``optimizer.state_dict()["state"]``.
+    attempt
+        The attempt that begins with it.
     """
     tensors = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -179,4 +309,5 @@ def write_optimizer_state(run: Path, state: Mapping[int, Mapping[str, Any]]) -> 
                 tensors[f"{index}/{key}"] = value.detach().cpu()
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    tensorfile.write(run / OPTIMIZER_FILE, tensors, {"format": FORMAT, "version": VERSION, "scalars": scalars})
+    facts = {"format": FORMAT, "version": VERSION, "kind": "optimizer", "scalars": scalars}
+    tensorfile.write(run / optimizer_file(attempt), tensors, facts)

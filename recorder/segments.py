@@ -1,193 +1,135 @@
-"""Segments: consecutive steps of a run in one immutable file.
+"""Segments: steps of a run in one immutable file, for reading.
 
-    RUN/segments/00000000-00000016.safetensors     steps 0 to 15: parameters θ_0 ... θ_16, batches, losses
+    RUN/segments/001-00000000-00000064.safetensors          attempt 1, steps 0 to 63: θ_0 ... θ_64, batches, losses
+    RUN/segments/001-00000000-00000064-rank1.safetensors    the batches and losses of its process 1
 
-Part of the run format (docs/formats/run.md). A segment holds its first parameters although the one before ends with
-them, so that each can be read, moved or lost alone.
+Part of the run format (docs/formats/run.md). A segment begins with whole parameters, the keyframe; the following ones
+are coded as differences (`recorder.codec`). It needs no other segment, so that each can be read, moved or lost alone.
+`recorder.segmentwriter` writes them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from recorder import batches, tensorfile
-from recorder.errors import FormatError
+from recorder import steps, tensorfile
+from recorder.codec import StepCoder
+from recorder.errors import FormatError, UsageError
+from recorder.layout import BUFFERS, PARAMETERS, Layout, bits
 from recorder.manifest import FORMAT, VERSION
+from recorder.steps import Step
 
 SEGMENTS_FOLDER = "segments"
-RANDOM_STATES = ("rng_cpu", "rng_cuda")
+_NAME = re.compile(r"(\d{3})-(\d{8})-(\d{8})(?:-rank(\d+))?\.safetensors")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """One forward and backward pass of a step.
+class SegmentName(NamedTuple):
+    """What the name of a segment's file says.
 
     Parameters
     ----------
-    indices
-        Its examples' indices in the training data set, int64 of shape (examples,).
-    nest
-        The batch as JSON types, its tensors replaced by their paths; None where no batch was given.
-    tensors
-        Path to tensor in host memory; empty where only indices are recorded.
-    checksums
-        Path to CRC-32 of the tensor's bytes, also where the tensors themselves are not stored.
-    random_state
-        States of torch's generators just before the forward pass, by the names of `RANDOM_STATES`.
-    loss_sum
-        The loss as training measured it, summed over predictions, in nats; None where it is not known.
-    predictions
-        Number of predictions; None where it is not known.
+    attempt
+        Number of the attempt, from 1.
+    start, stop
+        The range of steps; of those that the recording selects, it holds all.
+    rank
+        The process, in data-parallel training. The parameters are in the segments of process 0.
     """
 
-    indices: torch.Tensor
-    nest: Any = None
-    tensors: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    random_state: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    loss_sum: float | None = None
-    predictions: float | None = None
+    attempt: int
+    start: int
+    stop: int
+    rank: int = 0
 
     @property
-    def stored(self) -> bool:
-        """Whether the micro-batch can be rebuilt from the run alone."""
-        return self.nest is not None and set(self.tensors) == set(self.checksums)
+    def file(self) -> str:
+        """The file's name."""
+        rank = f"-rank{self.rank}" if self.rank else ""
+        return f"{self.attempt:03d}-{self.start:08d}-{self.stop:08d}{rank}.safetensors"
 
-    def batch(self) -> Any:
-        """Rebuild the micro-batch from its recorded tensors.
+    @classmethod
+    def parse(cls, file: str) -> SegmentName | None:
+        """Read a file's name.
+
+        Parameters
+        ----------
+        file
+            The name.
 
         Returns
         -------
-        Any
-            The batch as the training's loss received it, in host memory.
+        SegmentName or None
+            None if it is no segment's.
         """
-        return batches.put_together(self.nest, lambda path: self.tensors[path])
+        match = _NAME.fullmatch(file)
+        return cls(*(int(part or 0) for part in match.groups())) if match else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """What is recorded of one optimizer step besides the parameters.
-
-    Parameters
-    ----------
-    step
-        t, the update θ_t → θ_{t+1}.
-    epoch
-        The training's epoch, from 1.
-    seed
-        ``torch.initial_seed()`` in force.
-    learning_rates
-        One for each parameter group, as used in this step.
-    micro_batches
-        In the order of their forward passes.
-    gradient_norm
-        Norm of the gradient that the optimizer used, over all parameters; recorded for the first steps only, where
-        replay does an update again.
-    """
-
-    step: int
-    epoch: int
-    seed: int
-    learning_rates: tuple[float, ...]
-    micro_batches: tuple[MicroBatch, ...]
-    gradient_norm: float | None = None
-
-    @property
-    def predictions(self) -> float:
-        """Predictions of the whole update, NaN where a micro-batch's number is not known."""
-        counts = [micro_batch.predictions for micro_batch in self.micro_batches]
-        return math.nan if None in counts else float(sum(count for count in counts if count is not None))
-
-
-def segment_file(run: Path, start: int, stop: int) -> Path:
-    """Return the path of the segment of steps `start` to `stop` - 1.
+def segment_file(run: Path, start: int, stop: int, *, attempt: int = 1, rank: int = 0) -> Path:
+    """Return the path of a segment.
 
     Parameters
     ----------
     run
         The run's folder.
-    start, stop
-        The range of steps.
+    start, stop, attempt, rank
+        As for `SegmentName`.
 
     Returns
     -------
     Path
         The segment's path, whether or not it exists.
     """
-    return run / SEGMENTS_FOLDER / f"{start:08d}-{stop:08d}.safetensors"
+    return run / SEGMENTS_FOLDER / SegmentName(attempt, start, stop, rank).file
 
 
-def write_segment(run: Path, parameters: Sequence[Mapping[str, torch.Tensor]], steps: Sequence[Step]) -> Path:
-    """Write consecutive steps as one segment, durably and all at once.
+def list_segments(run: Path) -> list[SegmentName]:
+    """List the segments of a run.
 
     Parameters
     ----------
     run
         The run's folder.
-    parameters
-        θ at the start of the first step and after each step: one more than `steps`. A parameter that is not in
-        the first ones received its first gradient on the way.
-    steps
-        The steps, consecutive.
 
     Returns
     -------
-    Path
-        The segment's file.
+    list of SegmentName
+        By attempt, step and process.
     """
-    start, stop = steps[0].step, steps[-1].step + 1
-    tensors: dict[str, torch.Tensor] = {}
-    rows = []
-    for number, theta in enumerate(parameters):
-        for name, tensor in theta.items():
-            tensors[f"parameters/{start + number:08d}/{name}"] = tensor
-    for step in steps:
-        rows.append(_step_to_dict(step))
-        for position, micro_batch in enumerate(step.micro_batches):
-            prefix = f"{step.step:08d}/{position}"
-            tensors[f"indices/{prefix}"] = micro_batch.indices
-            for name, state in micro_batch.random_state.items():
-                tensors[f"{name}/{prefix}"] = state
-            for path, tensor in micro_batch.tensors.items():
-                tensors[f"batches/{prefix}/{path}"] = tensor
-    file = segment_file(run, start, stop)
-    facts = {"format": FORMAT, "version": VERSION, "start": start, "stop": stop, "steps": rows}
-    tensorfile.write(file, tensors, facts)
-    return file
+    folder = run / SEGMENTS_FOLDER
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name for name in map(SegmentName.parse, names) if name)
 
 
-def _step_to_dict(step: Step) -> dict[str, Any]:
+def facts_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make a segment's facts of the rows that its appends left.
+
+    Parameters
+    ----------
+    rows
+        ``{"state": number of the θ or None, "step": row or None}``; the first has ``segment`` and ``layout`` besides.
+
+    Returns
+    -------
+    dict
+        For the header.
+    """
+    recorded = [row["step"] for row in rows if row["step"] is not None]
     return {
-        "step": step.step,
-        "epoch": step.epoch,
-        "seed": step.seed,
-        "learning_rates": [_number_to_json(rate) for rate in step.learning_rates],
-        "gradient_norm": _number_to_json(step.gradient_norm),
-        "micro_batches": [
-            {
-                "nest": micro_batch.nest,
-                "checksums": dict(micro_batch.checksums),
-                "loss_sum": _number_to_json(micro_batch.loss_sum),
-                "predictions": _number_to_json(micro_batch.predictions),
-            }
-            for micro_batch in step.micro_batches
-        ],
+        "format": FORMAT,
+        "version": VERSION,
+        **rows[0]["segment"],
+        "start": recorded[0]["step"],
+        "stop": recorded[-1]["step"] + 1,
+        "layout": rows[0]["layout"],
+        "states": [row["state"] for row in rows if row["state"] is not None],
+        "steps": recorded,
     }
-
-
-def _number_to_json(number: float | None) -> float | str | None:
-    # JSON has no NaN and no infinity; a diverged training has both.
-    return number if number is None or math.isfinite(number) else repr(number)
-
-
-def _number_from_json(number: float | str | None) -> float | None:
-    return float(number) if isinstance(number, str) else number
 
 
 class Segment:
@@ -197,42 +139,115 @@ class Segment:
     ----------
     path
         The segment's file; the steps it holds are in its name and again in its header.
+
+    Attributes
+    ----------
+    run_id : str
+        The run it belongs to.
+    name : SegmentName
+        Attempt, steps, process.
+    states : tuple of int
+        The t of every θ_t it holds.
+
+    Raises
+    ------
+    FormatError
+        If the file is no segment of this version, or its name is another's.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = tensorfile.TensorFile(path)
         facts = self._file.facts
-        if facts.get("format") != FORMAT or facts.get("version") != VERSION:
+        if facts.get("format") != FORMAT or facts.get("version") != VERSION or "states" not in facts:
             message = (
                 f"{path}: expected a segment of {FORMAT} version {VERSION}, found {facts.get('format')!r} "
                 f"version {facts.get('version')!r}"
             )
             raise FormatError(message)
-        self.start: int = facts["start"]
-        self.stop: int = facts["stop"]
-        if path.name != segment_file(path, self.start, self.stop).name:
+        self.run_id: str = facts["run_id"]
+        self.name = SegmentName(facts["attempt"], facts["start"], facts["stop"], facts["rank"])
+        if path.name != self.name.file:
             message = (
-                f"{path}: expected the steps of its name, found steps {self.start} to {self.stop - 1}; was it renamed?"
+                f"{path}: expected the steps of its name, found attempt {self.name.attempt}, steps {self.name.start} "
+                f"to {self.name.stop - 1}, process {self.name.rank}; was it renamed?"
             )
             raise FormatError(message)
+        self.states: tuple[int, ...] = tuple(facts["states"])
+        self._rows = {row["step"]: row for row in facts["steps"]}
+        self._layout = Layout.from_list(facts["layout"])
+        self._coders: dict[str, StepCoder] = {}
+        # The decoded state at position `_at` of `states`, and the one before.
+        self._at = -1
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._before: dict[str, torch.Tensor] | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """Every step it holds, in order."""
+        return list(self._rows)
 
     def parameters(self, t: int) -> dict[str, torch.Tensor]:
-        """Read θ_t, as far as this segment holds it.
+        """Read the parameters of θ_t, as far as this segment holds them.
 
         Parameters
         ----------
         t
-            From `start` to `stop`, both included.
+            One of `states`.
 
         Returns
         -------
         dict of str to torch.Tensor
-            Parameter name to tensor.
+            Name to tensor in host memory.
         """
-        prefix = f"parameters/{t:08d}/"
-        names = [name for name in self._file.names if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self._file.tensor(name) for name in names}
+        return self._tensors(t, PARAMETERS)
+
+    def buffers(self, t: int) -> dict[str, torch.Tensor]:
+        """Read the buffers as they were before step t.
+
+        Parameters
+        ----------
+        t
+            One of `states`.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            Name to tensor in host memory.
+        """
+        return self._tensors(t, BUFFERS)
+
+    def _tensors(self, t: int, kind: str) -> dict[str, torch.Tensor]:
+        self._move_to(t)
+        views = self._layout.views(self._vectors)
+        return {slot.name: view for slot, view in zip(self._layout.slots, views, strict=True) if slot.kind == kind}
+
+    def _move_to(self, t: int) -> None:
+        if t not in self.states:
+            message = f"{self.path}: holds no parameters of step {t}"
+            raise UsageError(message)
+        target = self.states.index(t)
+        if self._at < 0 or target < self._at:
+            self._read_keyframe()
+        while self._at < target:
+            self._decode_next()
+
+    def _read_keyframe(self) -> None:
+        # Fresh vectors: the caller may still hold tensors that share the memory of the last ones.
+        self._vectors, self._before, self._at = self._layout.allocate(), None, 0
+        for slot, view in zip(self._layout.slots, self._layout.views(self._vectors), strict=True):
+            view.copy_(self._file.tensor(f"{slot.kind}/{self.states[0]:08d}/{slot.name}"))
+
+    def _decode_next(self) -> None:
+        number = self.states[self._at + 1]
+        out = self._layout.allocate()
+        for dtype, size in self._layout.sizes.items():
+            coder = self._coders.setdefault(dtype, StepCoder(dtype, size))
+            coded = self._file.array(f"coded/{number:08d}/{dtype}")
+            before = None if self._before is None else bits(self._before[dtype])
+            coder.decode(coded, bits(self._vectors[dtype]), before, bits(out[dtype]))
+        self._before, self._vectors = self._vectors, out
+        self._at += 1
 
     def step(self, t: int) -> Step:
         """Read what is recorded of step t besides the parameters.
@@ -240,40 +255,22 @@ class Segment:
         Parameters
         ----------
         t
-            From `start` to `stop` - 1.
+            One of `steps`.
 
         Returns
         -------
         Step
-            The step.
+            The step, with the micro-batches of this segment's process.
         """
-        row = self._file.facts["steps"][t - self.start]
-        return Step(
-            step=row["step"],
-            epoch=row["epoch"],
-            seed=row["seed"],
-            learning_rates=tuple(float(rate) for rate in row["learning_rates"]),
-            gradient_norm=_number_from_json(row["gradient_norm"]),
-            micro_batches=tuple(
-                self._micro_batch(f"{t:08d}/{position}", entry) for position, entry in enumerate(row["micro_batches"])
-            ),
+        prefixes = tuple(f"{kind}/{t:08d}/" for kind in ("indices", "batches", *steps.RANDOM_STATES))
+        names = [name for name in self._file.names if name.startswith(prefixes)]
+        return steps.put_together(
+            self._rows[t], {name: self._file.tensor(name) for name in names}, self.name.rank
         )
 
-    def _micro_batch(self, prefix: str, row: Mapping[str, Any]) -> MicroBatch:
-        names = set(self._file.names)
-        tensors = {
-            path: self._file.tensor(f"batches/{prefix}/{path}")
-            for path in row["checksums"]
-            if f"batches/{prefix}/{path}" in names
-        }
-        return MicroBatch(
-            indices=self._file.tensor(f"indices/{prefix}"),
-            nest=row["nest"],
-            tensors=tensors,
-            checksums=row["checksums"],
-            random_state={
-                name: self._file.tensor(f"{name}/{prefix}") for name in RANDOM_STATES if f"{name}/{prefix}" in names
-            },
-            loss_sum=_number_from_json(row["loss_sum"]),
-            predictions=_number_from_json(row["predictions"]),
-        )
+    def verify(self) -> None:
+        """Read everything: every checksum is checked, every θ decoded; a `DamagedFileError` tells what is wrong."""
+        for name in self._file.names:
+            self._file.tensor(name)
+        if self.states:
+            self._move_to(self.states[-1])

@@ -5,22 +5,26 @@ The optimizer's own hooks say when a step happens, so nothing of the loop is rep
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from recorder import durable
 from recorder.errors import UsageError
 from recorder.manifest import Trainer
-from recorder.recording import Batches, Recording
+from recorder.modelbuffers import ModelBuffers
+from recorder.patterns import select_names
+from recorder.processes import this_process
+from recorder.recording import LOG, Batches, Recording
+from recorder.runfolder import RunFolder, Settings
+from recorder.selection import StepSelection
+from recorder.watched import Watched
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
-
-SEGMENT_STEPS = 16
-"""Steps to a segment: its start is stored twice, so 16 costs 6 % more than every step once."""
 
 
 def watch(
@@ -29,38 +33,55 @@ def watch(
     *,
     run: Path | str,
     workload: str | None = None,
-    batches: Batches = "tensors",
+    batches: Batches = "store",
+    steps: str = "all",
+    parameters: Sequence[str] = (),
+    quota: int | None = None,
     first_step: int = 0,
-    segment_steps: int = SEGMENT_STEPS,
+    segment_steps: int | None = None,
     strict: bool = False,
     trainer: Trainer | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> Recording:
     """Record every step of an optimizer into a run.
 
-    A step is what the optimizer does: where a gradient scaler skips an update, no step is recorded, and the loop calls
-    `Recording.forget_pending` to drop the micro-batches announced for it.
+    A step is what the optimizer does: where a gradient scaler skips an update, no step is recorded.
+
+    A folder that holds a run is taken up again, by a training restarted from its checkpoint: its parameters must be
+    those recorded at `first_step`, redone steps replace the old ones, and the old attempt is kept.
+
+    In data-parallel training every process calls it: process 0 records the parameters, each its micro-batches.
 
     Parameters
     ----------
     model
-        The model in training; its named parameters become the parameter table.
+        The model in training; its named parameters become the parameter table. A DistributedDataParallel wrapper is
+        looked through.
     optimizer
         Any torch optimizer over parameters of `model`.
     run
-        The folder to make. It must not exist, or be empty.
+        The folder to make, or the run to go on with.
     workload
         ``module:function`` that returns the `recorder.workload.Workload` from which replay rebuilds model, batches
         and loss. Nothing is imported from it now.
     batches
-        ``tensors`` stores the micro-batches given to `Recording.batch`; ``indices`` only their checksums.
+        ``store`` keeps the tensors of the micro-batches given to `Recording.batch`; ``indices`` only their checksums.
+    steps
+        Which steps to record: ``all``, or windows, strides and log-spaced windows (`recorder.selection`). Both ends of
+        a step that is kept are recorded.
+    parameters
+        Which parameters to record: shell patterns over their names, with ``!`` before those to leave out; all by
+        default. What is left out must not change, or the run cannot be replayed.
+    quota
+        Bytes that the run's folder may have; before it would have more, recording ends and training goes on.
     first_step
         Number of updates made before.
     segment_steps
-        Steps to a segment. So many steps are held in memory, and lost by a kill.
+        Steps to a segment, 64 by default and 128 for 16-bit parameters. A damaged file costs so many at most.
     strict
         Raise the recorder's own errors instead of warning and going on unrecorded.
-    trainer
-        Set by integrations.
+    trainer, files
+        Set by integrations: the training program, and what it needs to be rebuilt, name to path.
 
     Returns
     -------
@@ -70,7 +91,7 @@ def watch(
     Raises
     ------
     UsageError
-        If the folder is not empty, or an argument makes no sense.
+        If the folder holds something else, is being recorded into, or an argument makes no sense.
 
     Examples
     --------
@@ -83,52 +104,42 @@ def watch(
                 optimizer.step()
                 optimizer.zero_grad()
     """
-    if batches not in {"tensors", "indices"}:
-        message = f"batches is 'tensors' or 'indices', not {batches!r}"
+    if batches not in get_args(Batches):
+        message = f"batches is 'store' or 'indices', not {batches!r}"
         raise UsageError(message)
-    if segment_steps < 1:
-        message = f"segment_steps is at least 1, not {segment_steps}"
+    for name, value in (("segment_steps", segment_steps), ("quota", quota)):
+        if value is not None and value < 1:
+            message = f"{name} is at least 1, not {value}"
+            raise UsageError(message)
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    selection = StepSelection(steps)
+    names = [name for name, _ in model.named_parameters()]
+    left_out = set(names) - select_names(names, parameters)
+    if len(left_out) == len(names):
+        message = f"parameters={list(parameters)} leaves out every parameter of the model"
         raise UsageError(message)
-    folder = empty_folder(run)
-    return Recording(
-        model,
-        optimizer,
-        run=folder,
+    settings = Settings(
+        batches=batches,
+        steps=selection.text,
         workload=workload,
         trainer=trainer or Trainer(name="torch", version=str(torch.__version__)),
+        files=files or {},
+    )
+    rank, _ = this_process()
+    folder = RunFolder(Path(run), settings, first_step) if rank == 0 else None
+    if folder is not None and folder.recovered:
+        LOG.info("recovered %s, which a killed training left in the making", folder.recovered)
+    return Recording(
+        Watched(model, optimizer, left_out=left_out),
+        ModelBuffers(model),
+        optimizer,
+        folder,
+        run=Path(run),
+        steps=selection,
         batches=batches,
+        quota=quota,
         first_step=first_step,
         segment_steps=segment_steps,
         strict=strict,
     )
-
-
-def empty_folder(run: Path | str) -> Path:
-    """Make the folder of a new run, refusing one that holds anything.
-
-    Parameters
-    ----------
-    run
-        The folder.
-
-    Returns
-    -------
-    Path
-        The folder, which exists now.
-
-    Raises
-    ------
-    UsageError
-        If it is not empty or cannot be made.
-    """
-    folder = Path(run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"the run folder {folder} cannot be made: {error.strerror}"
-        raise UsageError(message) from error
-    durable.sweep(folder)
-    if any(folder.iterdir()):
-        message = f"{folder} is not empty; a run is never overwritten. Give another folder, or remove this one"
-        raise UsageError(message)
-    return folder

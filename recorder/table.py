@@ -28,7 +28,7 @@ ATTENTION_COMPONENTS = (
 )
 COMPONENTS = (*ATTENTION_COMPONENTS, "W1", "W2", "embedding", "position", "norm", "output", "other")
 
-Status = Literal["trained", "untrained"]
+Status = Literal["trained", "untrained", "not_recorded"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,8 @@ class Parameter:
     shape, dtype
         As torch prints them, the dtype without the prefix ``torch.``.
     status
-        ``trained``, or ``untrained`` for a tensor that never received a gradient.
+        ``trained``; ``untrained`` for a tensor that never received a gradient; ``not_recorded`` for one that the user
+        left out.
     layer
         ``encoder.0`` ... or `MODEL_LAYER`.
     stack, depth

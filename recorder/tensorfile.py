@@ -107,43 +107,94 @@ def write(path: Path, tensors: Mapping[str, Array], facts: Mapping[str, Any]) ->
         Name to NumPy array or CPU torch tensor.
     facts
         A JSON object.
+    """
+    bodies = {name: content(array) for name, array in tensors.items()}
+    entries, _ = header_entries(path, tensors)
+    text = header_text(entries, {name: zlib.crc32(body) for name, body in bodies.items()}, facts)
+
+    def body_of_file(stream: BinaryIO) -> None:
+        stream.write(text)
+        for body in bodies.values():
+            stream.write(body)
+
+    durable.write(path, body_of_file)
+
+
+def header_entries(path: Path, tensors: Mapping[str, Array], offset: int = 0) -> tuple[dict[str, dict[str, Any]], int]:
+    """Describe tensors as a safetensors header does, one behind the other.
+
+    Parameters
+    ----------
+    path
+        The file they are for, named in errors.
+    tensors
+        Name to array or tensor.
+    offset
+        Where the first one starts, in bytes after the header.
+
+    Returns
+    -------
+    entries : dict
+        Name to ``{"dtype", "shape", "data_offsets"}``.
+    end : int
+        Where the last one ends.
 
     Raises
     ------
     FormatError
         If a tensor's dtype has no safetensors code.
     """
-    header: dict[str, Any] = {}
-    checksums: dict[str, int] = {}
-    bodies: list[memoryview] = []
-    offset = 0
+    entries: dict[str, dict[str, Any]] = {}
     for name, array in tensors.items():
         dtype = _name_of_dtype(array)
         if dtype not in _DTYPE_CODES:
             message = f"{path}: tensor {name!r} has dtype {dtype}, which a safetensors file cannot hold"
             raise FormatError(message)
-        body = content(array)
-        header[name] = {
-            "dtype": _DTYPE_CODES[dtype],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + body.nbytes],
-        }
-        checksums[name] = zlib.crc32(body)
-        bodies.append(body)
-        offset += body.nbytes
-    entries = (json.dumps(facts, sort_keys=True, allow_nan=False), json.dumps(checksums), _HEADER_END[:8])
-    header["__metadata__"] = dict(zip(_METADATA_ENTRIES, entries, strict=True))
-    text = json.dumps(header, separators=(",", ":")).encode()
+        end = offset + array.nbytes
+        entries[name] = {"dtype": _DTYPE_CODES[dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
+    return entries, offset
+
+
+def header_text(
+    entries: Mapping[str, Mapping[str, Any]],
+    checksums: Mapping[str, int],
+    facts: Mapping[str, Any],
+    length: int | None = None,
+) -> bytes:
+    """Put together what stands before the tensors' bytes: the header's length, the header, its padding.
+
+    Parameters
+    ----------
+    entries
+        As `header_entries` gives them.
+    checksums
+        Tensor name to CRC-32.
+    facts
+        A JSON object.
+    length
+        Bytes to pad the header to; a multiple of 8 by default.
+
+    Returns
+    -------
+    bytes
+        Eight bytes of length, then as many bytes of JSON and spaces.
+
+    Raises
+    ------
+    FormatError
+        If the header is longer than `length`.
+    """
+    values = (json.dumps(facts, sort_keys=True, allow_nan=False), json.dumps(dict(checksums)), _HEADER_END[:8])
+    document = {**entries, "__metadata__": dict(zip(_METADATA_ENTRIES, values, strict=True))}
+    text = json.dumps(document, separators=(",", ":")).encode()
     text = _sealed(text[: -len(_HEADER_END)])
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-
-    def body_of_file(stream: BinaryIO) -> None:
-        stream.write(struct.pack("<Q", len(text)))
-        stream.write(text)
-        for body in bodies:
-            stream.write(body)
-
-    durable.write(path, body_of_file)
+    if length is None:
+        length = len(text) + (-len(text)) % _HEADER_ALIGNMENT
+    if len(text) > length:
+        message = f"a header of {len(text)} bytes does not fit in the {length} bytes kept for it"
+        raise FormatError(message)
+    return struct.pack("<Q", length) + text.ljust(length)
 
 
 def _sealed(covered: bytes) -> bytes:

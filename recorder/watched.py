@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,8 @@ class Watched:
         The model in training.
     optimizer
         Any torch optimizer over its parameters.
+    left_out
+        Names of parameters that are not to be recorded.
 
     Attributes
     ----------
@@ -41,18 +44,27 @@ class Watched:
         Names of buffers and untrained parameters found changed so far.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, left_out: Collection[str] = ()) -> None:
         self._model = model
         self._optimizer = optimizer
         self._tensors = dict(model.named_parameters())
         self._names = {id(tensor): name for name, tensor in self._tensors.items()}
         self._checksums: dict[str, int] = {}
-        self.table = parameter_table(model)
+        self._recorded_buffers: tuple[str, ...] = ()
+        self.table = tuple(
+            dataclasses.replace(row, status="not_recorded") if row.name in left_out else row
+            for row in parameter_table(model)
+        )
         self.device = next(iter(self._tensors.values())).device
         self.unrecorded_changes: set[str] = set()
 
-    def settle_table(self) -> None:
+    def settle_table(self, *, recorded_buffers: tuple[str, ...] = ()) -> None:
         """Find out, just before the first step, which parameters are trained, and remember what must not change.
+
+        Parameters
+        ----------
+        recorded_buffers
+            Names of buffers that are recorded with every step, and so may change.
 
         Raises
         ------
@@ -66,9 +78,12 @@ class Watched:
                 "(a float32 copy kept for 16-bit training, or another model's); such training is not recorded yet"
             )
             raise UsageError(message)
+        self._recorded_buffers = recorded_buffers
         with_gradient = self._with_gradient()
         self.table = tuple(
-            parameter if parameter.name in with_gradient else dataclasses.replace(parameter, status="untrained")
+            parameter
+            if parameter.name in with_gradient or parameter.status == "not_recorded"
+            else dataclasses.replace(parameter, status="untrained")
             for parameter in self.table
         )
         self._checksums = self._checksums_of_unrecorded()
@@ -82,7 +97,7 @@ class Watched:
             Whether the table has changed.
         """
         with_gradient = self._with_gradient()
-        late = {parameter.name for parameter in self.table if not parameter.trained} & with_gradient
+        late = {parameter.name for parameter in self.table if parameter.status == "untrained"} & with_gradient
         if late:
             self.table = tuple(
                 dataclasses.replace(parameter, status="trained") if parameter.name in late else parameter
@@ -97,6 +112,23 @@ class Watched:
         updated = self._updated()
         return {name for name, tensor in self._tensors.items() if tensor.grad is not None and id(tensor) in updated}
 
+    def live(self, *, trained: bool = True) -> dict[str, torch.Tensor]:
+        """Give the tensors that are recorded with every step, or the others.
+
+        Parameters
+        ----------
+        trained
+            Which.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            Name to the training's own tensor.
+        """
+        return {
+            parameter.name: self._tensors[parameter.name] for parameter in self.table if parameter.trained == trained
+        }
+
     def copies(self, *, trained: bool) -> dict[str, torch.Tensor]:
         """Copy the trained parameters, or the others, to host memory.
 
@@ -110,11 +142,29 @@ class Watched:
         dict of str to torch.Tensor
             Name to copy.
         """
-        return {
-            parameter.name: self._tensors[parameter.name].detach().to("cpu", copy=True)
-            for parameter in self.table
-            if parameter.trained == trained
-        }
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.live(trained=trained).items()}
+
+    def skipped(self) -> bool:
+        """Say whether the update that just ended did nothing, because a gradient scaler found an overflow.
+
+        Returns
+        -------
+        bool
+            Only for optimizers that the scaler leaves the decision to; others are not called at all.
+        """
+        found = getattr(self._optimizer, "found_inf", None)
+        return found is not None and bool(found.item())
+
+    def gradients_dropped(self) -> bool:
+        """Say whether all gradients are gone, so that what was announced before belongs to no update.
+
+        Returns
+        -------
+        bool
+            True if no parameter holds a gradient, or every gradient is zero.
+        """
+        gradients = [tensor.grad for tensor in self._tensors.values() if tensor.grad is not None]
+        return not any(bool(_entries(gradient).any()) for gradient in gradients)
 
     def gradient_norm(self) -> float:
         """Measure the gradient that the optimizer is about to use.
@@ -157,8 +207,10 @@ class Watched:
 
     def _checksums_of_unrecorded(self) -> dict[str, int]:
         # Of the bytes: a NaN that stays is no change (fairseq keeps a buffer of memory that it never fills).
-        untrained = {parameter.name: self._tensors[parameter.name] for parameter in self.table if not parameter.trained}
-        tensors = {**dict(self._model.named_buffers()), **untrained}
+        buffers = {
+            name: tensor for name, tensor in self._model.named_buffers() if name not in self._recorded_buffers
+        }
+        tensors = {**buffers, **self.live(trained=False)}
         return {name: tensorfile.checksum(tensor.detach().cpu()) for name, tensor in tensors.items()}
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:

@@ -1,0 +1,313 @@
+"""The folder of a run, opened for one attempt: made or taken up again, locked, its manifest kept true.
+
+An attempt on a folder that holds a run is a training restarted from its checkpoint. Its parameters must be those that
+the run recorded at that step, bit for bit; what the earlier attempt recorded from there on is replaced in the run's
+timeline and kept on the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import uuid
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recorder import durable, growing, runformat, tensorfile
+from recorder.errors import JoinError, UsageError
+from recorder.lock import LOCK_FILE, RunLock
+from recorder.manifest import FORMAT, MANIFEST_FILE, VERSION, Attempt, Manifest, Trainer
+from recorder.processes import this_process
+from recorder.ranges import describe_ranges
+from recorder.recipe import current_recipe
+from recorder.runformat import Run
+from recorder.segments import SEGMENTS_FOLDER, list_segments
+from recorder.segmentwriter import recover_segments
+
+if TYPE_CHECKING:
+    from recorder.modelbuffers import ModelBuffers
+    from recorder.table import Parameter
+    from recorder.watched import Watched
+
+TRAINER_FOLDER = "trainer"
+BALLAST_FILE = ".ballast"
+_SMALLEST_BALLAST = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user asked to record; the same in all attempts of a run.
+
+    Parameters
+    ----------
+    batches
+        ``store`` or ``indices``.
+    steps
+        Text of the `recorder.selection.StepSelection`.
+    workload
+        ``module:function``, or None.
+    trainer
+        The training program.
+    files
+        What the trainer needs to be rebuilt: name in ``trainer/`` to where it is now.
+    """
+
+    batches: str
+    steps: str
+    workload: str | None
+    trainer: Trainer
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+
+
+class RunFolder:
+    """A run's folder, opened for an attempt by the process that records the parameters.
+
+    Parameters
+    ----------
+    path
+        The folder; made if there is none.
+    settings
+        What is recorded.
+    first_step
+        The first step of the attempt.
+
+    Attributes
+    ----------
+    manifest : Manifest
+        As it was last written.
+    recovered : str
+        In words, the steps of segments that a killed attempt had left in the making; empty if there were none.
+
+    Raises
+    ------
+    UsageError
+        If the folder holds something that is no run, is being recorded into, or holds a run of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Settings, first_step: int) -> None:
+        self.path = path
+        self._settings = settings
+        self._first_step = first_step
+        self._before: Run | None = None
+        self.manifest: Manifest | None = None
+        self.recovered = ""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"the run folder {path} cannot be made: {error.strerror}"
+            raise UsageError(message) from error
+        _refuse_what_is_no_run(path)
+        self._lock = RunLock(path)
+        try:
+            if (path / MANIFEST_FILE).exists():
+                self._take_up()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _take_up(self) -> None:
+        durable.sweep(self.path)
+        recovered = recover_segments(self.path)
+        self.recovered = describe_ranges([(name.start, name.stop) for name in recovered]) if recovered else ""
+        self._before = Run(self.path)
+        found, wanted = self._before.manifest, self._settings
+        pairs = {
+            "batches": (found.batches, wanted.batches),
+            "steps": (found.steps, wanted.steps),
+            "trainer": (found.trainer.name, wanted.trainer.name),
+            "workload": (found.workload, wanted.workload),
+        }
+        different = [f"{name} was {old!r} and is now {new!r}" for name, (old, new) in pairs.items() if old != new]
+        if different:
+            message = (
+                f"{self.path} holds a run that was recorded otherwise: {'; '.join(different)}. "
+                "Go on with the same settings, or give another folder"
+            )
+            raise UsageError(message)
+
+    def begin(self, watched: Watched, buffers: ModelBuffers) -> Manifest:
+        """Write what is recorded once, just before the first step.
+
+        Parameters
+        ----------
+        watched
+            Model and optimizer, their table settled.
+        buffers
+            The model's buffers, settled.
+
+        Returns
+        -------
+        Manifest
+            The manifest, with this attempt.
+
+        Raises
+        ------
+        JoinError
+            If the parameters are not those that the run recorded at this step.
+        """
+        joined = self._join(watched) if self._before else "first"
+        _, processes = this_process()
+        earlier = self._before.manifest.attempts if self._before else ()
+        attempt = Attempt(
+            number=max([entry.number for entry in earlier] + [name.attempt for name in list_segments(self.path)] + [0])
+            + 1,
+            first_step=self._first_step,
+            joined=joined,
+            state="recording",
+            processes=processes,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        (self.path / SEGMENTS_FOLDER).mkdir(exist_ok=True)
+        replaces_all = self._before is None or not self._before.steps or self._first_step <= self._before.steps[0]
+        state = watched.optimizer_state()
+        if replaces_all and state:
+            runformat.write_optimizer_state(self.path, state, attempt.number)
+        facts = {
+            "optimizer": watched.optimizer_facts(),
+            "recipe": current_recipe(watched.device),
+        }
+        if self._before is None:
+            once = {"format": FORMAT, "version": VERSION, "kind": "untrained"}
+            tensorfile.write(self.path / runformat.UNTRAINED_FILE, watched.copies(trained=False), once)
+            self.manifest = Manifest(
+                run_id=uuid.uuid4().hex,
+                path="recorded",
+                workload=self._settings.workload,
+                trainer=self._settings.trainer,
+                batches=self._settings.batches,
+                steps=self._settings.steps,
+                parameters=watched.table,
+                attempts=(attempt,),
+                buffers=buffers.changing,
+                files=self._copy_files(),
+                provenance=_provenance(),
+                **facts,
+            )
+        else:
+            found = self._before.manifest
+            self.manifest = dataclasses.replace(
+                found,
+                parameters=watched.table,
+                attempts=(*found.attempts, attempt),
+                buffers=tuple(dict.fromkeys((*found.buffers, *buffers.changing))),
+                **(facts if replaces_all else {}),
+            )
+        self.manifest.write(self.path)
+        self._keep_ballast()
+        return self.manifest
+
+    def _join(self, watched: Watched) -> str:
+        assert self._before is not None
+        t, before = self._first_step, self._before
+        watched.table = _merged(self.path, before.manifest.parameters, watched.table)
+        once = before.untrained()
+        constant = {name: tensor for name, tensor in watched.copies(trained=False).items() if name in once}
+        if not before.steps:
+            self._refuse_other_parameters(constant, once)
+            return "not verified: no step was recorded before"
+        try:
+            recorded = before.parameters(t)
+        except UsageError:
+            self._refuse_other_parameters(constant, once)
+            return f"not verified: the run holds no parameters of step {t}, it holds {describe_ranges(before.consecutive)}"
+        self._refuse_other_parameters({**constant, **watched.copies(trained=True)}, {**once, **recorded})
+        return "verified"
+
+    def _refuse_other_parameters(
+        self, live: Mapping[str, torch.Tensor], recorded: Mapping[str, torch.Tensor]
+    ) -> None:
+        different = [
+            name
+            for name, tensor in live.items()
+            if name in recorded and tensorfile.content(tensor) != tensorfile.content(recorded[name])
+        ]
+        if different:
+            message = (
+                f"{self.path}: this training does not go on where the run was at step {self._first_step}: "
+                f"{len(different)} of {len(live)} parameters differ from the recorded ones, first {different[0]!r}. "
+                "Restart from a checkpoint of the recorded training and give its number of updates as first_step, "
+                "or record into another folder"
+            )
+            raise JoinError(message)
+
+    def _copy_files(self) -> dict[str, int]:
+        checksums = {}
+        for name, source in self._settings.files.items():
+            target = self.path / TRAINER_FOLDER / name
+            target.parent.mkdir(exist_ok=True)
+            with durable.replacing(target) as temporary:
+                shutil.copyfile(source, temporary)
+            checksums[name] = zlib.crc32(target.read_bytes())
+        return checksums
+
+    def _keep_ballast(self) -> None:
+        # Given back when the disk is full, so that the manifest can still say why the recording ended.
+        size = max(_SMALLEST_BALLAST, 2 * (self.path / MANIFEST_FILE).stat().st_size)
+        durable.write(self.path / BALLAST_FILE, lambda stream: stream.write(b"\0" * size))
+
+    def write(self, **changes: Any) -> None:
+        """Change fields of the manifest on the disk.
+
+        Parameters
+        ----------
+        **changes
+            Fields of `Manifest`; ``state`` is that of the attempt.
+        """
+        if self.manifest is None:
+            return
+        state = changes.pop("state", self.manifest.state)
+        attempts = (*self.manifest.attempts[:-1], dataclasses.replace(self.manifest.attempt, state=state))
+        self.manifest = dataclasses.replace(self.manifest, attempts=attempts, **changes)
+        self.manifest.write(self.path)
+
+    def drop_ballast(self) -> None:
+        """Give back the disk space kept for the end."""
+        with suppress(OSError):
+            (self.path / BALLAST_FILE).unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let other recorders in; a second call does nothing."""
+        self._lock.release()
+
+
+def _refuse_what_is_no_run(path: Path) -> None:
+    if (path / MANIFEST_FILE).exists():
+        return
+    durable.sweep(path)
+    ours = {LOCK_FILE, BALLAST_FILE, SEGMENTS_FOLDER, TRAINER_FOLDER, runformat.UNTRAINED_FILE}
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+    segments = path / SEGMENTS_FOLDER
+    if foreign or (segments.exists() and any(segments.iterdir())):
+        message = f"{path} is not empty and holds no run; nothing is overwritten. Give another folder, or remove this one"
+        raise UsageError(message)
+
+
+def _merged(path: Path, recorded: tuple[Parameter, ...], live: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    if [(row.name, row.shape, row.dtype) for row in recorded] != [(row.name, row.shape, row.dtype) for row in live]:
+        message = f"{path}: the model's parameters have other names, shapes or dtypes than those of the run"
+        raise JoinError(message)
+    # What an attempt found to be trained stays so.
+    return tuple(
+        old if old.trained and new.status == "untrained" else new for old, new in zip(recorded, live, strict=True)
+    )
+
+
+def _provenance() -> Mapping[str, Any]:
+    try:
+        own = version("lossledger")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "lossledger": own,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,229 @@
+"""Segments in the making: states and steps come in, coded and checksummed they go to the disk.
+
+Used by one thread, `recorder.writer`. A step is safe from a kill of the training once `SegmentWriter.add` has
+returned, and safe from a loss of power once its segment is sealed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recorder import growing, steps
+from recorder.codec import StepCoder
+from recorder.growing import GrowingTensorFile
+from recorder.layout import PARAMETERS, Layout, bits
+from recorder.segments import SEGMENTS_FOLDER, SegmentName, facts_of
+from recorder.steps import Step
+
+_HEADER_MARGIN = 1.1
+"""Micro-batches differ in size from step to step."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """One θ in flat host memory.
+
+    Parameters
+    ----------
+    number
+        The t of θ_t.
+    layout
+        What lies where.
+    vectors
+        Dtype to vector.
+    release
+        Called once the memory may be used again.
+    wait
+        Returns once the memory is filled.
+    """
+
+    number: int
+    layout: Layout
+    vectors: dict[str, torch.Tensor]
+    release: Callable[[], None] = lambda: None
+    wait: Callable[[], None] = lambda: None
+
+
+class SegmentWriter:
+    """Writes the segments of one attempt, in order.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    run_id
+        The run's identity.
+    attempt, rank
+        As for `recorder.segments.SegmentName`.
+    steps_per_segment
+        A segment is sealed when it holds so many.
+    """
+
+    def __init__(self, run: Path, run_id: str, attempt: int, rank: int, steps_per_segment: int) -> None:
+        self._folder = run / SEGMENTS_FOLDER
+        self._facts = {"run_id": run_id, "attempt": attempt, "rank": rank}
+        self._steps_per_segment = steps_per_segment
+        self._file: GrowingTensorFile | None = None
+        self._steps = 0
+        self._previous: State | None = None
+        self._before: State | None = None
+        self._coders: dict[tuple[str, int], StepCoder] = {}
+        self._sealed_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return self._sealed_bytes + (self._file.bytes if self._file else 0)
+
+    def add(self, state: State | None, step: Step | None) -> None:
+        """Add a state, and the step that it ends.
+
+        Parameters
+        ----------
+        state
+            θ_{t+1} with step t; or θ_t alone, before a step t that does not follow the last one. None in a process
+            that records no parameters.
+        step
+            The step, or None.
+        """
+        changed = state and self._previous and state.layout != self._previous.layout
+        if changed or (state is not None and step is None and self._file is None):
+            self.seal()
+            self._forget()
+            self._previous = state
+            return
+        row, tensors = (None, {}) if step is None else steps.take_apart(step)
+        for attempt_to_fit in range(2):
+            if self._file is None:
+                self._begin(row, tensors)
+            if self._append(state, row, tensors):
+                break
+            if attempt_to_fit or step is None:
+                message = f"step {state.number if state else row} needs a larger header than a segment can have"
+                raise ValueError(message)
+            self.seal()
+        self._rotate(state)
+        self._steps += step is not None
+        if self._steps == self._steps_per_segment:
+            self.seal()
+
+    def _begin(self, row: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> None:
+        start = self._previous.number if self._previous else row["step"] if row else 0
+        layout = self._previous.layout if self._previous else Layout(())
+        keyframe = {}
+        if self._previous:
+            views = layout.views(self._previous.vectors)
+            keyframe = {
+                f"{slot.kind}/{start:08d}/{slot.name}": view for slot, view in zip(layout.slots, views, strict=True)
+            }
+        first = {
+            "segment": self._facts,
+            "layout": layout.to_list(),
+            "state": start if self._previous else None,
+            "step": None,
+        }
+        room = growing.header_bytes(keyframe, first)
+        room += int(self._steps_per_segment * _HEADER_MARGIN * (growing.header_bytes(tensors, row or {}) + 256))
+        rank = f"-rank{self._facts['rank']}" if self._facts["rank"] else ""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = GrowingTensorFile(self._folder, f"{self._facts['attempt']:03d}-{start:08d}{rank}", room)
+        self._file.append(keyframe, first)
+        self._release_before()
+
+    def _append(self, state: State | None, row: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> bool:
+        assert self._file is not None
+        coded = {}
+        if state is not None:
+            assert self._previous is not None
+            for dtype, vector in state.vectors.items():
+                coder = self._coders.setdefault((dtype, len(vector)), StepCoder(dtype, len(vector)))
+                before = None if self._before is None else bits(self._before.vectors[dtype])
+                body = coder.encode(bits(vector), bits(self._previous.vectors[dtype]), before)
+                coded[f"coded/{state.number:08d}/{dtype}"] = np.frombuffer(body, np.uint8)
+        number = None if state is None else state.number
+        return self._file.append({**coded, **tensors}, {"state": number, "step": row})
+
+    def _rotate(self, state: State | None) -> None:
+        if state is not None:
+            self._release_before()
+            self._before, self._previous = self._previous, state
+
+    def _release_before(self) -> None:
+        if self._before is not None:
+            self._before.release()
+            self._before = None
+
+    def _forget(self) -> None:
+        self._release_before()
+        if self._previous is not None:
+            self._previous.release()
+            self._previous = None
+
+    def sync(self) -> None:
+        """Put everything added so far on the disk, safe from a loss of power."""
+        if self._file is not None:
+            self._file.sync()
+
+    def seal(self) -> None:
+        """End the segment in the making, if there is one; the next step begins another."""
+        file, self._file = self._file, None
+        self._release_before()
+        if file is not None:
+            self._sealed_bytes += file.bytes
+            self._steps = 0
+            seal_segment(self._folder, file)
+
+
+def seal_segment(folder: Path, file: GrowingTensorFile) -> SegmentName | None:
+    """Give a segment in the making its header and its name.
+
+    Parameters
+    ----------
+    folder
+        The run's folder of segments.
+    file
+        The segment, at any of its steps.
+
+    Returns
+    -------
+    SegmentName or None
+        None if it held no step yet; it is removed then.
+    """
+    rows = [append.row for append in file.appends]
+    if all(row["step"] is None for row in rows):
+        file.discard()
+        return None
+    facts = facts_of(rows)
+    name = SegmentName(facts["attempt"], facts["start"], facts["stop"], facts["rank"])
+    file.seal(folder / name.file, facts)
+    return name
+
+
+def recover_segments(run: Path) -> list[SegmentName]:
+    """Seal the segments that a killed training left in the making.
+
+    Parameters
+    ----------
+    run
+        The run's folder; nobody records into it.
+
+    Returns
+    -------
+    list of SegmentName
+        What was recovered.
+    """
+    folder = run / SEGMENTS_FOLDER
+    recovered = []
+    for name in growing.unfinished(folder):
+        file = GrowingTensorFile.recover(folder, name)
+        sealed = seal_segment(folder, file) if file else None
+        growing.remove(folder, name)
+        if sealed:
+            recovered.append(sealed)
+    return recovered

@@ -1,0 +1,131 @@
+"""The thread that codes and writes while the training goes on.
+
+The training hands over copies (`recorder.staging`) and goes on; it waits only when all of them are in use. A failure
+is kept for the training to find: what is whole by then is sealed, and whatever comes after is let go.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from recorder.segmentwriter import SegmentWriter, State
+from recorder.steps import Step
+
+LONGEST_QUEUE = 64
+"""Steps of a process that records no parameters."""
+
+
+class QuotaReached(Exception):  # noqa: N818 (no error: what the user asked for)
+    """The run has reached the size it may have."""
+
+
+class BackgroundWriter:
+    """Writes states and steps in a thread of its own.
+
+    Parameters
+    ----------
+    segments
+        Where they go.
+    quota
+        Bytes that `segments` may write; None for no limit.
+
+    Attributes
+    ----------
+    busy : float
+        Seconds spent coding and writing.
+    failure : Exception or None
+        Why it stopped writing.
+    failed_at : int or None
+        The step that it could not write.
+    """
+
+    def __init__(self, segments: SegmentWriter, quota: int | None = None) -> None:
+        self._segments = segments
+        self._quota = quota
+        self._largest_step = 0
+        self.busy = 0.0
+        self.failure: Exception | None = None
+        self.failed_at: int | None = None
+        self._work: queue.Queue[Callable[[], None] | None] = queue.Queue(LONGEST_QUEUE)
+        self._thread = threading.Thread(target=self._write_on, name="lossledger-recorder", daemon=True)
+        self._thread.start()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return self._segments.bytes
+
+    def put(self, state: State | None, step: Callable[[], Step] | None) -> None:
+        """Hand over a state, and the step that it ends.
+
+        Parameters
+        ----------
+        state, step
+            As for `SegmentWriter.add`; the step is made in the thread.
+        """
+        self._work.put(lambda: self._add(state, step))
+
+    def _add(self, state: State | None, make_step: Callable[[], Step] | None) -> None:
+        if self.failure is not None:
+            if state is not None:
+                state.release()
+            return
+        if state is not None:
+            state.wait()
+        step = make_step() if make_step else None
+        try:
+            self._within_quota(state)
+            before = self._segments.bytes
+            self._segments.add(state, step)
+            self._largest_step = max(self._largest_step, self._segments.bytes - before)
+        except Exception as error:
+            self.failure = error
+            self.failed_at = step.step if step else state.number if state else None
+            if state is not None:
+                state.release()
+            with suppress(Exception):
+                self._segments.seal()
+
+    def _within_quota(self, state: State | None) -> None:
+        if self._quota is None:
+            return
+        expected = self._largest_step or (2 * state.layout.bytes if state else 0)
+        if self._segments.bytes + expected > self._quota:
+            message = f"the next step would exceed the {self._quota} bytes left of the quota"
+            raise QuotaReached(message)
+
+    def flush(self) -> None:
+        """Wait until everything handed over is written and on the disk."""
+        done = threading.Event()
+
+        def reached() -> None:
+            try:
+                if self.failure is None:
+                    self._segments.sync()
+            except OSError as error:
+                self.failure = error
+            finally:
+                done.set()
+
+        self._work.put(reached)
+        done.wait()
+
+    def close(self) -> None:
+        """Write what is left, seal the segment and end the thread."""
+        if self._thread.is_alive():
+            self._work.put(None)
+            self._thread.join()
+
+    def _write_on(self) -> None:
+        while (task := self._work.get()) is not None:
+            began = time.perf_counter()
+            task()
+            self.busy += time.perf_counter() - began
+        try:
+            self._segments.seal()
+        except Exception as error:
+            self.failure = self.failure or error
