@@ -1,18 +1,24 @@
-"""``python -m recorder``: record a fairseq training, or say what a run holds."""
+"""``python -m recorder``: record a fairseq training; say what a run holds, whether it is whole, what one would cost."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from recorder import commandline
-from recorder.manifest import MANIFEST_FILE
+from recorder.estimate import estimate
+from recorder.manifest import MANIFEST_FILE, Attempt
 from recorder.ranges import describe_ranges
 from recorder.runformat import Run
-from recorder.session import SEGMENT_STEPS
+from recorder.segments import list_segments
+from recorder.selection import StepSelection
+from recorder.verify import set_aside, verify
 
 PROGRAM = "python -m recorder"
 
@@ -24,44 +30,87 @@ def _parser() -> argparse.ArgumentParser:
         "fairseq-train",
         help="run stock fairseq-train with the recorder on",
         description="Run stock fairseq-train with the recorder on. Every other argument goes to fairseq-train.",
-        usage=f"{PROGRAM} fairseq-train --record-dir RUN [--record-batches tensors|indices] "
-        "[--record-segment-steps N] <the arguments of fairseq-train>",
+        usage=f"{PROGRAM} fairseq-train --record-dir RUN [--record-steps STEPS] "
+        "[--record-...] <the arguments of fairseq-train>",
         allow_abbrev=False,
     )
     fairseq.add_argument("--record-dir", type=Path, required=True, metavar="RUN", help="folder of the run to make")
     fairseq.add_argument(
         "--record-batches",
-        choices=["tensors", "indices"],
-        default="tensors",
+        choices=["store", "indices"],
+        default="store",
         help="store the tensors of every micro-batch (about 1%% of the parameters), or only indices and checksums",
     )
+    _add_selection(fairseq, "--record-")
+    fairseq.add_argument("--record-quota", type=_size, metavar="SIZE", help="recording ends when the run has this size")
     fairseq.add_argument(
         "--record-segment-steps",
         type=int,
-        default=SEGMENT_STEPS,
         metavar="N",
-        help="steps to a segment file; so many are held in memory, and lost by a kill (default %(default)s)",
+        help="steps to a segment file: a damaged one costs so many (default 64, 128 for 16-bit parameters)",
     )
     info = commands.add_parser("info", help="say what a run holds")
     info.add_argument("run", type=Path, metavar="RUN")
     info.add_argument("--json", action="store_true", help="for a machine")
+    verify = commands.add_parser("verify", help="read a whole run and say whether it is as it was written")
+    verify.add_argument("run", type=Path, metavar="RUN")
+    verify.add_argument("--json", action="store_true", help="for a machine")
+    verify.add_argument(
+        "--set-aside", action="store_true", help="move damaged segments to RUN/damaged, so that the rest can be used"
+    )
+    cost = commands.add_parser("estimate", help="say what a recording would cost: bytes, disk, time")
+    cost.add_argument("--parameters", type=_size, required=True, metavar="N", help="recorded parameters, such as 60M")
+    cost.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    cost.add_argument("--updates", type=_size, metavar="N", help="updates of the training, such as 125k")
+    cost.add_argument("--steps", default="all", help="which of them, such as 0:1000,1000::100")
+    cost.add_argument("--step-seconds", type=float, metavar="S", help="duration of an update without recorder")
+    cost.add_argument(
+        "--dir", type=Path, default=Path(), metavar="RUN", help="where the run would stand (default here)"
+    )
+    cost.add_argument("--json", action="store_true", help="for a machine")
     return parser
+
+
+def _add_selection(parser: argparse.ArgumentParser, prefix: str) -> None:
+    parser.add_argument(
+        f"{prefix}steps",
+        default="all",
+        metavar="STEPS",
+        help="which steps, such as 0:1000,1000::100 or log:1:100000:40:16 (default all)",
+    )
+    parser.add_argument(
+        f"{prefix}parameters",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="which parameters, by a shell pattern over their names; !PATTERN leaves out; may be repeated",
+    )
+
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kMGT]?)B?", text)
+    if match is None:
+        message = f"expected a number such as 60M or 2.5GB, not {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _fairseq_train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from recorder.integrations.fairseq_train import train
 
-    train(
-        options.record_dir,
-        arguments,
-        batches=options.record_batches,
-        segment_steps=options.record_segment_steps,
-    )
+    settings = {
+        name: getattr(options, f"record_{name}")
+        for name in ("batches", "steps", "parameters", "quota", "segment_steps")
+    }
+    train(options.record_dir, arguments, settings)
     if not (options.record_dir / MANIFEST_FILE).exists():
         commandline.say(f"{PROGRAM}: the training made no update; {options.record_dir} holds nothing")
         return commandline.FAILED
     run = Run(options.record_dir)
-    commandline.say(f"{PROGRAM}: recorded {describe_ranges(run.segments)} ({run.manifest.state})")
+    commandline.say(f"{PROGRAM}: recorded {describe_ranges(run.consecutive)} ({run.manifest.state})")
     commandline.result(str(options.record_dir))
     return commandline.DONE
 
@@ -70,26 +119,90 @@ def _info(options: argparse.Namespace) -> int:
     run = Run(options.run)
     manifest = run.manifest
     size = sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
-    facts = {
+    rows = manifest.parameters
+    facts: dict[str, Any] = {
         "run": str(run.path),
         "run_id": manifest.run_id,
         "state": manifest.state,
         "path": manifest.path,
         "trainer": f"{manifest.trainer.name} {manifest.trainer.version}",
-        "steps": describe_ranges(run.segments),
+        "steps": describe_ranges(run.consecutive),
+        "selected_steps": manifest.steps,
         "segments": len(run.segments),
         "bytes": size,
-        "trained_parameters": sum(parameter.size for parameter in manifest.trained),
-        "untrained_parameters": sum(parameter.size for parameter in manifest.parameters if not parameter.trained),
+        "trained_parameters": sum(row.size for row in manifest.trained),
+        "untrained_parameters": sum(row.size for row in rows if row.status == "untrained"),
+        "not_recorded_parameters": sum(row.size for row in rows if row.status == "not_recorded"),
+        "buffers": len(manifest.buffers),
         "batches": manifest.batches,
         "created": manifest.provenance.get("created"),
     }
+    attempts = [_describe_attempt(run, entry) for entry in manifest.attempts]
     if options.json:
+        commandline.result(json.dumps({**facts, "attempts": attempts}))
+        return commandline.DONE
+    for name, value in facts.items():
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        commandline.result(f"{name.replace('_', ' '):25}{text}")
+    for entry in attempts:
+        heading = f"attempt {entry['number']}"
+        commandline.result(
+            f"{heading:25}from step {entry['first_step']}, {entry['state']}; joined: {entry['joined']}; "
+            f"recorded {entry['recorded']}, of which count {entry['in_use']}"
+        )
+    return commandline.DONE
+
+
+def _describe_attempt(run: Run, attempt: Attempt) -> dict[str, Any]:
+    own = [(name.start, name.stop) for name in list_segments(run.path) if name[::3] == (attempt.number, 0)]
+    in_use = [(start, stop) for number, start, stop in run.attempts if number == attempt.number]
+    return {
+        **dataclasses.asdict(attempt),
+        "recorded": describe_ranges(own),
+        "in_use": describe_ranges(in_use),
+    }
+
+
+def _verify(options: argparse.Namespace) -> int:
+    verdict = verify(options.run, lambda file: commandline.say(f"reading {file}"))
+    if options.json:
+        commandline.result(json.dumps(verdict.to_dict()))
+    else:
+        for damage in verdict.damages:
+            lost = (
+                f"; lost with it: {describe_ranges(damage.lost)}"
+                if damage.lost
+                else "; the run cannot be read without it"
+            )
+            commandline.result(f"{damage.file}: {damage.found}{lost}")
+        left = f"; {verdict.unfinished} segments in the making" if verdict.unfinished else ""
+        commandline.result(
+            f"{verdict.run}: {verdict.files} files, {verdict.bytes:,} bytes read, {len(verdict.damages)} damaged; "
+            f"usable: {describe_ranges(verdict.usable)}{left}"
+        )
+    if options.set_aside:
+        for file in set_aside(verdict):
+            commandline.say(f"moved to {file}")
+    return commandline.FAILED if verdict.damages else commandline.DONE
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    cost = estimate(
+        {options.dtype: options.parameters},
+        selection=StepSelection(options.steps),
+        updates=options.updates,
+        folder=options.dir,
+    )
+    slowdown = None if options.step_seconds is None else cost.slowdown(options.step_seconds)
+    if options.json:
+        facts = {**dataclasses.asdict(cost), "total_bytes": cost.total_bytes, "slowdown": slowdown}
         commandline.result(json.dumps(facts))
     else:
-        for name, value in facts.items():
-            text = f"{value:,}" if isinstance(value, int) else str(value)
-            commandline.result(f"{name.replace('_', ' '):22}{text}")
+        commandline.result(cost.text())
+        if slowdown is not None:
+            commandline.result(
+                f"a training of {options.step_seconds:g} s a step slows down by a factor of {slowdown:.3f}"
+            )
     return commandline.DONE
 
 
@@ -112,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commandline.guarded(PROGRAM, lambda: _fairseq_train(options, rest))
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    return commandline.guarded(PROGRAM, lambda: _info(options))
+    command = {"info": _info, "verify": _verify, "estimate": _estimate}[options.command]
+    return commandline.guarded(PROGRAM, lambda: command(options))
 
 
 if __name__ == "__main__":

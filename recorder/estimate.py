@@ -155,7 +155,7 @@ def describe_cost(layout: Layout, selection: StepSelection, first_step: int, run
 
 
 def _seconds_per_byte() -> tuple[float, float]:
-    """Time a copy and the codec on parameters that move as in training: by a thousandth of themselves."""
+    # A copy and the codec, on parameters that move as in training: by a thousandth of themselves.
     random = np.random.default_rng(0)
     before = random.normal(0.0, 0.02, _SAMPLE_ENTRIES).astype(np.float32)
     now = before * random.normal(1.0, 1e-3, _SAMPLE_ENTRIES).astype(np.float32)

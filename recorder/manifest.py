@@ -82,6 +82,8 @@ class Attempt:
         Number of processes of the data-parallel training, each with micro-batches of its own.
     created
         When it began: ISO 8601, UTC.
+    stop
+        One more than its last recorded step, told when it ends; None while it records, and of a killed one.
     """
 
     number: int
@@ -90,6 +92,7 @@ class Attempt:
     state: str
     processes: int = 1
     created: str = ""
+    stop: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,6 +262,8 @@ class Manifest:
             If there is no such folder, or it is no run.
         FormatError
             If the manifest is no JSON object.
+        DamagedFileError
+            If it fails its checksum.
         """
         run = Path(run)
         file = run / MANIFEST_FILE

@@ -10,7 +10,7 @@ import dataclasses
 import re
 import tomllib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from recorder.errors import FormatError
 from recorder.table import MODEL_LAYER, Parameter
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -98,7 +99,12 @@ def parse_naming_rules(text: str, source: str) -> tuple[NamingRule, ...]:
     return tuple(rules)
 
 
-def parameter_table(model: nn.Module, rules: Sequence[NamingRule] | None = None) -> tuple[Parameter, ...]:
+def parameter_table(
+    model: nn.Module,
+    rules: Sequence[NamingRule] | None = None,
+    *,
+    masters: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[Parameter, ...]:
     """Tabulate every trainable tensor of a model, tied weights once with their aliases.
 
     Parameters
@@ -107,6 +113,9 @@ def parameter_table(model: nn.Module, rules: Sequence[NamingRule] | None = None)
         The live module; head counts are read from it, never guessed.
     rules
         The naming rules; by default those of `naming_rules`.
+    masters
+        Parameter name to the tensor that is recorded for it, where that is not the model's own; the row then has its
+        dtype, and the model's beside it where that is another.
 
     Returns
     -------
@@ -114,6 +123,7 @@ def parameter_table(model: nn.Module, rules: Sequence[NamingRule] | None = None)
         In the order of ``model.named_parameters()``. Frozen tensors (``requires_grad`` false) are ``untrained``.
     """
     rules = naming_rules() if rules is None else rules
+    masters = masters or {}
     names: dict[int, list[str]] = {}
     tensors = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
@@ -122,17 +132,23 @@ def parameter_table(model: nn.Module, rules: Sequence[NamingRule] | None = None)
     table = []
     for key, (name, *aliases) in names.items():
         tensor = tensors[key]
+        dtype, model_dtype = _dtype_name(masters.get(name, tensor)), _dtype_name(tensor)
         table.append(
             Parameter(
                 name=name,
                 aliases=tuple(aliases),
                 shape=tuple(tensor.shape),
-                dtype=str(tensor.dtype).removeprefix("torch."),
+                dtype=dtype,
+                model_dtype=None if model_dtype == dtype else model_dtype,
                 status="trained" if tensor.requires_grad else "untrained",
                 **_place(model, name, rules),
             )
         )
     return tuple(table)
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _place(model: nn.Module, name: str, rules: Iterable[NamingRule]) -> dict[str, Any]:

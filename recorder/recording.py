@@ -34,7 +34,6 @@ from recorder.watched import Watched
 from recorder.writer import BackgroundWriter, QuotaReached
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.optim import Optimizer
 
 Batches = Literal["store", "indices"]
@@ -220,7 +219,7 @@ class Recording:
         self._state = state
         if self._folder is not None:
             warn_of_unmapped(self._watched.table)
-            self._folder.write(state=state)
+            self._folder.write(state=state, stop=self._stop())
         if self._writer is not None:
             LOG.info("%s", self._outcome(self._writer))
 
@@ -232,6 +231,9 @@ class Recording:
             f"coding and writing took {writer.busy / steps * 1e3:.3g} ms a step beside the training, "
             f"which waited {waited:.3g} s for it"
         )
+
+    def _stop(self) -> int | None:
+        return self._writer.stop if self._writer else None
 
     def _raise_failure(self) -> None:
         if self._writer is not None and self._writer.failure is not None:
@@ -251,7 +253,7 @@ class Recording:
         if self._folder is not None:
             self._folder.drop_ballast()
             with suppress(Exception):
-                self._folder.write(state=self._state)
+                self._folder.write(state=self._state, stop=self._stop())
         self._release()
 
     def _give_up(self, error: Exception) -> None:

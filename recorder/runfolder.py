@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder import durable, growing, runformat, tensorfile
+from recorder import durable, runformat, tensorfile
 from recorder.errors import JoinError, UsageError
 from recorder.lock import LOCK_FILE, RunLock
 from recorder.manifest import FORMAT, MANIFEST_FILE, VERSION, Attempt, Manifest, Trainer
@@ -104,7 +104,7 @@ class RunFolder:
         except OSError as error:
             message = f"the run folder {path} cannot be made: {error.strerror}"
             raise UsageError(message) from error
-        _refuse_what_is_no_run(path)
+        refuse_what_is_no_run(path)
         self._lock = RunLock(path)
         try:
             if (path / MANIFEST_FILE).exists():
@@ -146,12 +146,8 @@ class RunFolder:
         Returns
         -------
         Manifest
-            The manifest, with this attempt.
-
-        Raises
-        ------
-        JoinError
-            If the parameters are not those that the run recorded at this step.
+            The manifest, with this attempt. A `JoinError` tells if the parameters are not those that the run recorded
+            at this step.
         """
         joined = self._join(watched) if self._before else "first"
         _, processes = this_process()
@@ -170,10 +166,7 @@ class RunFolder:
         state = watched.optimizer_state()
         if replaces_all and state:
             runformat.write_optimizer_state(self.path, state, attempt.number)
-        facts = {
-            "optimizer": watched.optimizer_facts(),
-            "recipe": current_recipe(watched.device),
-        }
+        optimizer, recipe = watched.optimizer_facts(), current_recipe(watched.device)
         if self._before is None:
             once = {"format": FORMAT, "version": VERSION, "kind": "untrained"}
             tensorfile.write(self.path / runformat.UNTRAINED_FILE, watched.copies(trained=False), once)
@@ -182,6 +175,8 @@ class RunFolder:
                 path="recorded",
                 workload=self._settings.workload,
                 trainer=self._settings.trainer,
+                optimizer=optimizer,
+                recipe=recipe,
                 batches=self._settings.batches,
                 steps=self._settings.steps,
                 parameters=watched.table,
@@ -189,7 +184,6 @@ class RunFolder:
                 buffers=buffers.changing,
                 files=self._copy_files(),
                 provenance=_provenance(),
-                **facts,
             )
         else:
             found = self._before.manifest
@@ -198,7 +192,8 @@ class RunFolder:
                 parameters=watched.table,
                 attempts=(*found.attempts, attempt),
                 buffers=tuple(dict.fromkeys((*found.buffers, *buffers.changing))),
-                **(facts if replaces_all else {}),
+                optimizer=optimizer if replaces_all else found.optimizer,
+                recipe=recipe if replaces_all else found.recipe,
             )
         self.manifest.write(self.path)
         self._keep_ballast()
@@ -217,13 +212,13 @@ class RunFolder:
             recorded = before.parameters(t)
         except UsageError:
             self._refuse_other_parameters(constant, once)
-            return f"not verified: the run holds no parameters of step {t}, it holds {describe_ranges(before.consecutive)}"
+            return (
+                f"not verified: the run holds no parameters of step {t}, it holds {describe_ranges(before.consecutive)}"
+            )
         self._refuse_other_parameters({**constant, **watched.copies(trained=True)}, {**once, **recorded})
         return "verified"
 
-    def _refuse_other_parameters(
-        self, live: Mapping[str, torch.Tensor], recorded: Mapping[str, torch.Tensor]
-    ) -> None:
+    def _refuse_other_parameters(self, live: Mapping[str, torch.Tensor], recorded: Mapping[str, torch.Tensor]) -> None:
         different = [
             name
             for name, tensor in live.items()
@@ -259,12 +254,12 @@ class RunFolder:
         Parameters
         ----------
         **changes
-            Fields of `Manifest`; ``state`` is that of the attempt.
+            Fields of `Manifest`; ``state`` and ``stop`` are those of the attempt.
         """
         if self.manifest is None:
             return
-        state = changes.pop("state", self.manifest.state)
-        attempts = (*self.manifest.attempts[:-1], dataclasses.replace(self.manifest.attempt, state=state))
+        of_attempt = {name: changes.pop(name) for name in ("state", "stop") if name in changes}
+        attempts = (*self.manifest.attempts[:-1], dataclasses.replace(self.manifest.attempt, **of_attempt))
         self.manifest = dataclasses.replace(self.manifest, attempts=attempts, **changes)
         self.manifest.write(self.path)
 
@@ -278,15 +273,32 @@ class RunFolder:
         self._lock.release()
 
 
-def _refuse_what_is_no_run(path: Path) -> None:
-    if (path / MANIFEST_FILE).exists():
+def refuse_what_is_no_run(path: Path) -> None:
+    """Refuse a folder that holds anything but a run, or what is left of one that was never begun.
+
+    Parameters
+    ----------
+    path
+        The folder, which need not exist.
+
+    Raises
+    ------
+    UsageError
+        If it holds anything else.
+    """
+    if (path / MANIFEST_FILE).exists() or not path.exists():
         return
+    if not path.is_dir():
+        message = f"{path} is a file; a run is a folder. Give another name"
+        raise UsageError(message)
     durable.sweep(path)
     ours = {LOCK_FILE, BALLAST_FILE, SEGMENTS_FOLDER, TRAINER_FOLDER, runformat.UNTRAINED_FILE}
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
     segments = path / SEGMENTS_FOLDER
     if foreign or (segments.exists() and any(segments.iterdir())):
-        message = f"{path} is not empty and holds no run; nothing is overwritten. Give another folder, or remove this one"
+        message = (
+            f"{path} is not empty and holds no run; nothing is overwritten. Give another folder, or remove this one"
+        )
         raise UsageError(message)
 
 

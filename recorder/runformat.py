@@ -123,9 +123,7 @@ class Run:
         return segment
 
     def _not_recorded(self, t: int) -> UsageError:
-        return UsageError(
-            f"{self.path}: step {t} is not recorded; recorded are {describe_ranges(self.consecutive)}"
-        )
+        return UsageError(f"{self.path}: step {t} is not recorded; recorded are {describe_ranges(self.consecutive)}")
 
     def step(self, t: int) -> Step:
         """Read what is recorded of step t besides the parameters.
@@ -138,12 +136,7 @@ class Run:
         Returns
         -------
         Step
-            The step, with the micro-batches of all processes.
-
-        Raises
-        ------
-        UsageError
-            If it is not recorded.
+            The step, with the micro-batches of all processes. A `UsageError` tells if it is not recorded.
         """
         part = self._part(t)
         if part is None:
@@ -283,9 +276,7 @@ def timeline(files: Sequence[SegmentName], attempts: Sequence[Attempt]) -> list[
 
 
 def _within(parts: Sequence[Part], ranges: Sequence[tuple[int, int]]) -> list[Part]:
-    cut = [
-        Part(max(part.start, start), min(part.stop, stop), part.segment) for part in parts for start, stop in ranges
-    ]
+    cut = [Part(max(part.start, start), min(part.stop, stop), part.segment) for part in parts for start, stop in ranges]
     return [part for part in cut if part.start < part.stop]
 
 

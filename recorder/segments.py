@@ -264,9 +264,7 @@ class Segment:
         """
         prefixes = tuple(f"{kind}/{t:08d}/" for kind in ("indices", "batches", *steps.RANDOM_STATES))
         names = [name for name in self._file.names if name.startswith(prefixes)]
-        return steps.put_together(
-            self._rows[t], {name: self._file.tensor(name) for name in names}, self.name.rank
-        )
+        return steps.put_together(self._rows[t], {name: self._file.tensor(name) for name in names}, self.name.rank)
 
     def verify(self) -> None:
         """Read everything: every checksum is checked, every θ decoded; a `DamagedFileError` tells what is wrong."""

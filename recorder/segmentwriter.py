@@ -16,8 +16,9 @@ import torch
 
 from recorder import growing, steps
 from recorder.codec import StepCoder
+from recorder.errors import FormatError
 from recorder.growing import GrowingTensorFile
-from recorder.layout import PARAMETERS, Layout, bits
+from recorder.layout import Layout, bits
 from recorder.segments import SEGMENTS_FOLDER, SegmentName, facts_of
 from recorder.steps import Step
 
@@ -91,27 +92,38 @@ class SegmentWriter:
             that records no parameters.
         step
             The step, or None.
+
+        Raises
+        ------
+        FormatError
+            If the step has more tensors than a file's header can name.
         """
         changed = state and self._previous and state.layout != self._previous.layout
-        if changed or (state is not None and step is None and self._file is None):
-            self.seal()
-            self._forget()
-            self._previous = state
+        if state and (changed or (step is None and self._file is None)):
+            self._start_at(state)
             return
         row, tensors = (None, {}) if step is None else steps.take_apart(step)
-        for attempt_to_fit in range(2):
-            if self._file is None:
-                self._begin(row, tensors)
-            if self._append(state, row, tensors):
-                break
-            if attempt_to_fit or step is None:
-                message = f"step {state.number if state else row} needs a larger header than a segment can have"
-                raise ValueError(message)
+        if self._file is None:
+            self._begin(row, tensors)
+        if not self._append(state, row, tensors):
+            # The header is full: the micro-batches have grown.
             self.seal()
+            if state and step is None:
+                self._start_at(state)
+                return
+            self._begin(row, tensors)
+            if not self._append(state, row, tensors):
+                message = f"{self._folder}: a step has {len(tensors)} tensors, more than a file's header can name"
+                raise FormatError(message)
         self._rotate(state)
         self._steps += step is not None
         if self._steps == self._steps_per_segment:
             self.seal()
+
+    def _start_at(self, state: State) -> None:
+        self.seal()
+        self._forget()
+        self._previous = state
 
     def _begin(self, row: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> None:
         start = self._previous.number if self._previous else row["step"] if row else 0

@@ -41,7 +41,7 @@ class Staging:
         self.layout = layout
         self.waited = 0.0
         self._cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
         self._free = [layout.allocate(pinned=self._cuda) for _ in range(copies)]
         self._freed = threading.Condition()
@@ -71,7 +71,7 @@ class Staging:
             with torch.cuda.stream(self._stream):
                 for view, tensor in zip(views, tensors, strict=True):
                     view.copy_(tensor.detach(), non_blocking=True)
-                copied = torch.cuda.Event()
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 copied.record(self._stream)
         self._copied = copied
         return State(number, self.layout, vectors, lambda: self._give_back(vectors), copied.synchronize)

@@ -163,9 +163,7 @@ def put_together(row: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], ra
             MicroBatch(
                 indices=tensors[f"indices/{prefix}"],
                 nest=entry["nest"],
-                tensors={
-                    path: tensors[stored + path] for path in entry["checksums"] if stored + path in tensors
-                },
+                tensors={path: tensors[stored + path] for path in entry["checksums"] if stored + path in tensors},
                 checksums=entry["checksums"],
                 random_state={
                     name: tensors[f"{name}/{prefix}"] for name in RANDOM_STATES if f"{name}/{prefix}" in tensors

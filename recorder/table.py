@@ -42,7 +42,10 @@ class Parameter:
     aliases
         Its other names, where weights are tied.
     shape, dtype
-        As torch prints them, the dtype without the prefix ``torch.``.
+        Of the recorded tensor, as torch prints them, the dtype without the prefix ``torch.``.
+    model_dtype
+        Dtype of the model's own tensor where it is another: ``float16`` where the optimizer updates, and the run
+        records, a float32 master.
     status
         ``trained``; ``untrained`` for a tensor that never received a gradient; ``not_recorded`` for one that the user
         left out.
@@ -63,6 +66,7 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     shape: tuple[int, ...]
     dtype: str
+    model_dtype: str | None = None
     status: Status = "trained"
     layer: str = MODEL_LAYER
     stack: str = MODEL_LAYER
@@ -93,6 +97,11 @@ class Parameter:
         return self.shape[self.unit_axis] if self.shape else 1
 
     @property
+    def computed_dtype(self) -> str:
+        """Dtype that training computed with: the model's own."""
+        return self.model_dtype or self.dtype
+
+    @property
     def trained(self) -> bool:
         """Whether the parameter ever received a gradient, and so is in the ledger."""
         return self.status == "trained"
@@ -103,9 +112,12 @@ class Parameter:
         Returns
         -------
         dict
-            Field name to value.
+            Field name to value; without `model_dtype` where there is none to tell.
         """
-        return dataclasses.asdict(self)
+        row = dataclasses.asdict(self)
+        if self.model_dtype is None:
+            del row["model_dtype"]
+        return row
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Parameter:

@@ -207,9 +207,7 @@ class Watched:
 
     def _checksums_of_unrecorded(self) -> dict[str, int]:
         # Of the bytes: a NaN that stays is no change (fairseq keeps a buffer of memory that it never fills).
-        buffers = {
-            name: tensor for name, tensor in self._model.named_buffers() if name not in self._recorded_buffers
-        }
+        buffers = {name: tensor for name, tensor in self._model.named_buffers() if name not in self._recorded_buffers}
         tensors = {**buffers, **self.live(trained=False)}
         return {name: tensorfile.checksum(tensor.detach().cpu()) for name, tensor in tensors.items()}
 

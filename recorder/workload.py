@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from recorder.segments import Step
+from recorder.steps import Step
 
 
 @runtime_checkable

@@ -41,6 +41,8 @@ class BackgroundWriter:
         Why it stopped writing.
     failed_at : int or None
         The step that it could not write.
+    stop : int or None
+        One more than the last step written.
     """
 
     def __init__(self, segments: SegmentWriter, quota: int | None = None) -> None:
@@ -50,6 +52,7 @@ class BackgroundWriter:
         self.busy = 0.0
         self.failure: Exception | None = None
         self.failed_at: int | None = None
+        self.stop: int | None = None
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue(LONGEST_QUEUE)
         self._thread = threading.Thread(target=self._write_on, name="lossledger-recorder", daemon=True)
         self._thread.start()
@@ -81,6 +84,7 @@ class BackgroundWriter:
             self._within_quota(state)
             before = self._segments.bytes
             self._segments.add(state, step)
+            self.stop = step.step + 1 if step else self.stop
             self._largest_step = max(self._largest_step, self._segments.bytes - before)
         except Exception as error:
             self.failure = error

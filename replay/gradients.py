@@ -1,6 +1,7 @@
 """The mean loss on given micro-batches, and its gradient, at any parameters.
 
-Sums and counts, exactly as training normalises them: L = Σ loss sums / Σ predictions over the micro-batches.
+Sums and counts, exactly as training normalises them: L = Σ loss sums / Σ predictions over the micro-batches. What
+training did in 16 bit is computed in float32: a step's change of the loss can be as small as the rounding of 16 bit.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from recorder.workload import Workload
 
+SIXTEEN_BIT = frozenset({torch.float16, torch.bfloat16})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
@@ -34,6 +37,33 @@ class Evaluation:
 
     loss: float
     gradient: Mapping[str, torch.Tensor]
+
+
+def widened(values: Any) -> Any:
+    """Copy 16-bit floating-point tensors into float32; all else stays as it is.
+
+    Parameters
+    ----------
+    values
+        Tensors in any nest of dicts, lists and tuples: parameters by name, or a micro-batch.
+
+    Returns
+    -------
+    Any
+        The same nest.
+    """
+    if isinstance(values, torch.Tensor):
+        return values.float() if values.dtype in SIXTEEN_BIT else values
+    if isinstance(values, Mapping):
+        return {key: widened(entry) for key, entry in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)(widened(entry) for entry in values)
+    return values
+
+
+def _widen_model(model: nn.Module) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = widened(tensor.data)
 
 
 def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
@@ -65,6 +95,8 @@ def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, 
 class LossSurface:
     """A model as a function from parameters and micro-batches to loss and gradient, dropout off.
 
+    Parameters, buffers and batches of 16 bit are taken in float32.
+
     Parameters
     ----------
     workload
@@ -88,6 +120,7 @@ class LossSurface:
         self._workload = workload
         self.device = device
         self._model: nn.Module = workload.model().to(device)
+        _widen_model(self._model)
         self._model.eval()
         present = dict(self._model.named_parameters())
         missing = [name for name in (*names, *fixed) if name not in present]
@@ -122,7 +155,7 @@ class LossSurface:
             parameter.grad = None
         loss_sum, predictions = 0.0, 0.0
         for micro_batch in micro_batches:
-            loss, count = self._workload.loss(self._model, micro_batch)
+            loss, count = self._workload.loss(self._model, widened(micro_batch))
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach())
             predictions += float(count)
@@ -150,7 +183,7 @@ class LossSurface:
         loss_sum, predictions = 0.0, 0.0
         with torch.no_grad():
             for micro_batch in micro_batches:
-                loss, count = self._workload.loss(self._model, micro_batch)
+                loss, count = self._workload.loss(self._model, widened(micro_batch))
                 loss_sum += float(loss)
                 predictions += float(count)
         return loss_sum / predictions

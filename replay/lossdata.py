@@ -17,7 +17,7 @@ import torch
 from recorder import tensorfile
 from recorder.batches import take_apart, to_device
 from recorder.errors import MismatchError, UsageError
-from recorder.segments import MicroBatch, Step
+from recorder.steps import MicroBatch, Step
 from recorder.workload import Workload
 
 DEFAULT = ("batch", "probe:512")

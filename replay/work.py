@@ -18,10 +18,10 @@ import torch
 from recorder.loading import load_workload
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
-from recorder.segments import Step
+from recorder.steps import Step
 from replay import lossdata
 from replay.allocate import Tolerance, allocate, sum_over_units
-from replay.gradients import Evaluation, LossSurface
+from replay.gradients import Evaluation, LossSurface, widened
 from replay.quadrature import rule_named
 from replay.settings import Settings, digest_of_table
 from replay.shards import PER_STEP, PER_UNIT, Shard, ShardFolder
@@ -215,7 +215,7 @@ class Replayer:
         return per_step * (task.stop - task.start) * len(task.loss_data)
 
     def _theta(self, t: int) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in self.run.parameters(t).items()}
+        return {name: widened(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()}
 
     def _empty_shard(self, steps: int) -> Shard:
         return Shard(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 import recorder
+from recorder.layout import PARAMETERS, Layout, Slot
+from recorder.manifest import Manifest
+from recorder.segmentwriter import SegmentWriter, State
+from recorder.steps import Step
 
 
 class TinyTransformer(nn.Module):
@@ -111,6 +115,18 @@ def workload() -> LanguageModelling:
 def workload_float64() -> LanguageModelling:
     """What ``--workload tests.cases:workload_float64`` names."""
     return LanguageModelling(dtype=torch.float64)
+
+
+def write_segment(run: Path, thetas: Sequence[Mapping[str, torch.Tensor]], steps: Sequence[Step]) -> None:
+    """Put consecutive steps into a run as one segment of its first attempt, replacing one of the same steps."""
+    writer = SegmentWriter(run, Manifest.read(run).run_id, 1, 0, len(steps))
+    for theta, step in zip(thetas, [None, *steps], strict=True):
+        layout = Layout(tuple(Slot.of(PARAMETERS, name, tensor) for name, tensor in theta.items()))
+        vectors = layout.allocate()
+        for view, tensor in zip(layout.views(vectors), theta.values(), strict=True):
+            view.copy_(tensor)
+        writer.add(State(steps[0].step if step is None else step.step + 1, layout, vectors), step)
+    writer.seal()
 
 
 def train(

@@ -7,20 +7,19 @@ micro-batch that the criterion receives, and leaves the rest to the optimizer's 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from recorder.errors import UsageError
-from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq, fairseq_config, quietly
+from recorder.integrations.fairseq_config import fairseq, fairseq_config, quietly
 from recorder.manifest import Trainer
-from recorder.recording import Batches, RecorderWarning, Recording
-from recorder.session import empty_folder, watch
+from recorder.recording import Recording
+from recorder.runfolder import refuse_what_is_no_run
+from recorder.session import watch
 
 import fairseq_cli.train  # isort: skip (importable once the shim has run)
 from fairseq.data import data_utils  # isort: skip
@@ -30,11 +29,10 @@ from fairseq.trainer import Trainer as FairseqTrainer  # isort: skip
 class _Session:
     """The recording of the one training of this process, and how it is to be made."""
 
-    def __init__(self, run: Path, arguments: Sequence[str], batches: Batches, segment_steps: int, data: str) -> None:
+    def __init__(self, run: Path, arguments: Sequence[str], settings: Mapping[str, Any], data: str) -> None:
         self._run = run
         self._arguments = tuple(arguments)
-        self._batches = batches
-        self._segment_steps = segment_steps
+        self._settings = settings
         self._data = data
         self.recording: Recording | None = None
 
@@ -55,19 +53,13 @@ class _Session:
             trainer.get_model(),
             trainer.optimizer.optimizer,
             run=self._run,
-            batches=self._batches,
             first_step=trainer.get_num_updates(),
-            segment_steps=self._segment_steps,
+            files=_dictionaries(self._data),
             trainer=Trainer(
                 name="fairseq", version=fairseq.__version__, arguments=self._arguments, directory=str(Path.cwd())
             ),
+            **self._settings,
         )
-        try:
-            _copy_dictionaries(self._data, self._run / DICTIONARIES_FOLDER)
-        except OSError as error:
-            # A full disk is the recorder's trouble, not the training's.
-            self.recording.close(f"the dictionaries could not be copied ({error})")
-            warnings.warn(f"{self._run} is not recorded: {error}", RecorderWarning, stacklevel=2)
         trainer.criterion.register_forward_pre_hook(self._before_forward)
         trainer.criterion.register_forward_hook(self._after_forward)
         return self.recording
@@ -97,13 +89,18 @@ def _recorded_trainer(session: _Session) -> type[FairseqTrainer]:
             recording.forget_pending()
             return super().train_step(samples, raise_oom)
 
+        def save_checkpoint(self, filename: str, extra_state: Any) -> None:
+            if session.recording is not None:
+                # A training restarted from it goes on where the run surely is.
+                session.recording.flush()
+            super().save_checkpoint(filename, extra_state)
+
     return RecordedTrainer
 
 
-def _copy_dictionaries(data: str, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for dictionary in sorted(Path(data.split(":", maxsplit=1)[0]).glob("dict*.txt")):
-        shutil.copyfile(dictionary, target / dictionary.name)
+def _dictionaries(data: str) -> dict[str, Path]:
+    folder = Path(data.split(":", maxsplit=1)[0])
+    return {dictionary.name: dictionary for dictionary in sorted(folder.glob("dict*.txt"))}
 
 
 def _refuse_unsupported(config: Any) -> None:
@@ -133,7 +130,7 @@ def _inferred_languages(config: Any) -> list[str]:
     return ["--source-lang", source, "--target-lang", target] if source and target else []
 
 
-def train(run: Path, arguments: Sequence[str], *, batches: Batches, segment_steps: int) -> None:
+def train(run: Path, arguments: Sequence[str], settings: Mapping[str, Any]) -> None:
     """Train as ``fairseq-train ARGUMENTS`` would, and record every update.
 
     Parameters
@@ -142,13 +139,14 @@ def train(run: Path, arguments: Sequence[str], *, batches: Batches, segment_step
         The folder of the run to make.
     arguments
         The arguments of fairseq-train.
-    batches, segment_steps
-        As for `recorder.session.watch`.
+    settings
+        Further arguments of `recorder.session.watch`.
 
     Raises
     ------
     UsageError
-        If the folder is not empty, fairseq refuses the arguments, or the training is of a kind that is not recorded.
+        If the folder holds something else than a run, fairseq refuses the arguments, or the training is of a kind that
+        is not recorded.
     """
     config = fairseq_config(arguments, Path.cwd(), run_user_code=True)
     if config.task is None or not getattr(config.task, "data", None):
@@ -156,7 +154,8 @@ def train(run: Path, arguments: Sequence[str], *, batches: Batches, segment_step
         raise UsageError(message)
     _refuse_unsupported(config)
     recorded = [*arguments, *_inferred_languages(config)]
-    session = _Session(empty_folder(run), recorded, batches, segment_steps, config.task.data)
+    refuse_what_is_no_run(run)
+    session = _Session(run, recorded, settings, config.task.data)
     interrupted: str | None = "training ended with an error"
     argv, sys.argv = sys.argv, ["fairseq-train", *arguments]
     stock, fairseq_cli.train.Trainer = fairseq_cli.train.Trainer, _recorded_trainer(session)

@@ -16,13 +16,17 @@ from torch import nn
 
 from recorder.errors import FormatError, UsageError
 from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq_config, quietly
+from recorder.integrations.fairseq_masters import fairseq_masters
 from recorder.manifest import Trainer
-from recorder.segments import Step
+from recorder.steps import Step
 from recorder.workload import RepeatedUpdate
 
 from fairseq import tasks, utils  # isort: skip (importable once the shim has run)
 from fairseq.data import data_utils  # isort: skip
 from fairseq.trainer import Trainer as FairseqTrainer  # isort: skip
+
+MOST_TRIES = 64
+"""An update in 16 bit is tried again after an overflow, with half the loss scale: as in training, it starts high."""
 
 
 class FairseqWorkload:
@@ -199,26 +203,40 @@ class FairseqWorkload:
         with tempfile.TemporaryDirectory() as scratch, quietly():
             # On a non-finite gradient fairseq writes crash.pt into its save folder, which is the user's.
             self._config.checkpoint.save_dir = scratch
-            model, criterion = self.model(), self._task.build_criterion(self._config.criterion)
-            named = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, value in theta.items():
-                    named[name].copy_(value)
-            trainer = FairseqTrainer(self._config, self._task, model, criterion)
+            trainer = FairseqTrainer(
+                self._config, self._task, self.model(), self._task.build_criterion(self._config.criterion)
+            )
+            recorded = self._set(trainer, theta)
             if optimizer_state is not None:
+                # Through fairseq: it keeps the float32 state of 16-bit parameters, which torch would round.
                 inner = trainer.optimizer.optimizer
-                inner.load_state_dict({**inner.state_dict(), "state": optimizer_state})
+                trainer.optimizer.load_state_dict({**inner.state_dict(), "state": optimizer_state})
             losses: list[tuple[float, float]] = []
-            criterion.register_forward_hook(
+            trainer.criterion.register_forward_hook(
                 lambda module, args, output: losses.append((float(output[0].detach()), float(output[1])))
             )
             for step in steps:
-                losses.clear()
                 trainer.set_num_updates(step.step)
                 trainer.optimizer.set_lr(step.learning_rates[0])
-                trainer.train_step([self._sample(step, position) for position in range(len(step.micro_batches))])
-                parameters = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+                samples = [self._sample(step, position) for position in range(len(step.micro_batches))]
+                for _ in range(MOST_TRIES):
+                    losses.clear()
+                    trainer.train_step(samples)
+                    if trainer.get_num_updates() > step.step:
+                        break
+                parameters = {name: tensor.detach().to("cpu", copy=True) for name, tensor in recorded.items()}
                 yield RepeatedUpdate(losses=tuple(losses), parameters=parameters)
+
+    @staticmethod
+    def _set(trainer: Any, theta: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # The recorded tensors by name: the masters where there are some, which the model's own parameters round.
+        named = dict(trainer.get_model().named_parameters())
+        recorded = {**named, **fairseq_masters(trainer)}
+        with torch.no_grad():
+            for name, value in theta.items():
+                named[name].copy_(value)
+                recorded[name].copy_(value)
+        return recorded
 
     def _sample(self, step: Step, position: int) -> Any:
         micro_batch = step.micro_batches[position]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recorder.runformat import Run
-from recorder.segments import Step
+from recorder.steps import Step
 from replay.lossdata import LossData, build, parse
 from tests import cases
 from tests.replay import variants

@@ -14,7 +14,7 @@ import torch
 
 from recorder.loading import load_workload
 from recorder.runformat import Run
-from recorder.segments import segment_file, write_segment
+from recorder.segments import segment_file
 from replay import shards, work
 from replay.shards import ShardFolder, Status
 from tests import cases
@@ -344,7 +344,7 @@ def test_a_step_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(
     opened = Run(run)
     steps, thetas = [opened.step(t) for t in (3, 4, 5)], [opened.parameters(t) for t in (3, 4, 5, 6)]
     thetas[1]["decoder.layers.0.fc1.weight"][0, 0] = value  # θ_4: the end of step 3, the start of step 4
-    write_segment(run, thetas, steps)
+    cases.write_segment(run, thetas, steps)
     work.replayer.cache_clear()
     capsys.readouterr()
     assert replay(run, "--overwrite", "--json", loss_data=BOTH) == 3

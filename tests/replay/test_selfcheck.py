@@ -15,7 +15,6 @@ import torch
 from recorder.errors import MismatchError
 from recorder.loading import load_workload
 from recorder.runformat import Run
-from recorder.segments import write_segment
 from replay.selfcheck import Report, check_update
 from tests import cases
 from tests.replay import variants
@@ -224,7 +223,7 @@ def _diverge(run: Path, value: float) -> None:
     steps = [opened.step(t) for t in range(3)]
     thetas = [opened.parameters(t) for t in range(4)]
     thetas[1] = {name: torch.full_like(tensor, value) for name, tensor in thetas[1].items()}
-    write_segment(run, thetas, steps)
+    cases.write_segment(run, thetas, steps)
 
 
 def test_a_record_that_is_nan_is_not_reproduced_by_a_finite_update(run: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import recorder
-from recorder.segments import Step
+from recorder.steps import Step
 from recorder.workload import RepeatedUpdate
 from tests.cases import LanguageModelling, TinyTransformer
 
