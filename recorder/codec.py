@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 
 from recorder.errors import DamagedFileError, UsageError
 from recorder.prediction import LARGEST_SHIFT, Bits, Predictor
 
-Coded: TypeAlias = bytes | bytearray | memoryview
+Coded: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
 BLOCK_SIZE: Final = 1 << 18  # entries in every block but the last
 
@@ -53,6 +54,12 @@ _ZSTD_PARAMETERS: Final = zstandard.ZstdCompressionParameters(
 )
 _TRIAL_STRIDE = 15
 _NOISE = 0.97
+
+_PAIRED_BELOW = 1.3  # bits of magnitude below which the lowest field has 4 bits
+
+
+class _MalformedError(Exception):
+    pass
 
 
 def bit_dtype(dtype: str) -> np.dtype[Any]:
@@ -94,8 +101,8 @@ class StepCoder:
     Parameters
     ----------
     dtype
-        As torch prints it without the prefix. ``float64``, ``float32``, ``float16`` and ``bfloat16`` are coded as floats,
-        all others as plain integers of their size.
+        As torch prints it without the prefix. ``float64``, ``float32``, ``float16`` and ``bfloat16`` are coded as
+        floats, all others as plain integers of their size.
     size
         Entries in every array that is coded.
 
@@ -125,7 +132,8 @@ class StepCoder:
         # No field is stored in more bytes than its bits fill; one of 4 bits may fill half a byte more.
         largest_headers = _BLOCK_HEADER.size + self._bits // 4 * (_FIELD_HEADER.size + 1)
         blocks = -(-size // BLOCK_SIZE)
-        self._coded = np.empty(_HEADER.size + blocks * largest_headers + size * self._dtype.itemsize, np.uint8)
+        largest = _HEADER.size + blocks * largest_headers + size * self._dtype.itemsize
+        self._coded: memoryview = np.empty(largest, np.uint8).data
 
     def encode(self, current: Bits, previous: Bits, before_previous: Bits | None = None) -> memoryview:
         """Code a step.
@@ -142,16 +150,16 @@ class StepCoder:
         Returns
         -------
         memoryview
-            Unsigned bytes, read-only: the object's own memory, good until the next call. The same arrays give the same bytes.
+            Unsigned bytes, read-only: the object's own memory, good until the next call. The same arrays always give
+            the same bytes.
         """
         assert all(self._fits(array) for array in (current, previous, before_previous) if array is not None)
-        coded = memoryview(self._coded)
-        coded[: _HEADER.size] = self._header
+        self._coded[: _HEADER.size] = self._header
         end = _HEADER.size
         for block in self._blocks():
             before = None if before_previous is None else before_previous[block]
             end = self._encode_block(current[block], previous[block], before, end)
-        return coded[:end].toreadonly()
+        return self._coded[:end].toreadonly()
 
     def decode(self, coded: Coded, previous: Bits, before_previous: Bits | None, out: Bits) -> None:
         """Decode a step.
@@ -173,13 +181,17 @@ class StepCoder:
             If `coded` is no whole coding of an array of this dtype and size. `out` may be partly filled then.
         """
         assert all(self._fits(array) for array in (previous, before_previous, out) if array is not None)
-        view = memoryview(coded)
-        self._check(view[: _HEADER.size] == self._header, "it does not begin as a step of this dtype and size does")
-        position = _HEADER.size
-        for block in self._blocks():
-            before = None if before_previous is None else before_previous[block]
-            position = self._decode_block(view, position, previous[block], before, out[block])
-        self._check(position == len(view), f"{len(view) - position} bytes follow its end")
+        view = coded.data if isinstance(coded, np.ndarray) else memoryview(coded)
+        try:
+            _check(view[: _HEADER.size] == self._header, "it does not begin as a step of this dtype and size does")
+            position = _HEADER.size
+            for block in self._blocks():
+                before = None if before_previous is None else before_previous[block]
+                position = self._decode_block(view, position, previous[block], before, out[block])
+            _check(position == len(view), f"{len(view) - position} bytes follow its end")
+        except (_MalformedError, zstandard.ZstdError) as error:
+            message = f"a coded step is damaged: {error}. Restore the file from a copy or record again."
+            raise DamagedFileError(message) from error
 
     def _encode_block(self, current: Bits, previous: Bits, before_previous: Bits | None, position: int) -> int:
         shift, magnitude = self._predictor.choose(current, previous, before_previous)
@@ -193,14 +205,13 @@ class StepCoder:
             position = self._encode_field(folded, low, width, position)
             low += width
             fields += 1
-        # Without fields there is nothing to add to any prediction, and the shift must still be said.
         _BLOCK_HEADER.pack_into(self._coded, block_start, shift, fields)
         return position
 
     def _encode_field(self, folded: Bits, low: int, width: int, position: int) -> int:
         start = position + _FIELD_HEADER.size
         length = _field_length(folded.size, width)
-        field = self._coded[start : start + length]
+        field = np.frombuffer(self._coded[start : start + length], np.uint8)
         if width == 8:
             np.right_shift(folded, low, out=field, casting="unsafe")
         else:
@@ -213,35 +224,35 @@ class StepCoder:
             np.bitwise_or(paired, upper, out=paired)
         storage = _RAW
         if not self._is_noise(field):
-            compressed = self._compressor.compress(field)
+            compressed = self._compressor.compress(field.data)
             if len(compressed) < length:
                 storage, length = _ZSTD, len(compressed)
-                self._coded[start : start + length] = np.frombuffer(compressed, np.uint8)
+                self._coded[start : start + length] = compressed
         _FIELD_HEADER.pack_into(self._coded, position, width, storage, length)
         return start + length
 
-    def _is_noise(self, field: Bits) -> bool:
+    def _is_noise(self, field: npt.NDArray[np.uint8]) -> bool:
         trial = np.ascontiguousarray(field[::_TRIAL_STRIDE])
-        return len(self._compressor.compress(trial)) > _NOISE * trial.size
+        return len(self._compressor.compress(trial.data)) > _NOISE * trial.size
 
     def _decode_block(
         self, coded: memoryview, position: int, previous: Bits, before_previous: Bits | None, out: Bits
     ) -> int:
-        self._check(len(coded) - position >= _BLOCK_HEADER.size, "it ends within a block")
+        _check(len(coded) - position >= _BLOCK_HEADER.size, "it ends within a block")
         shift, fields = _BLOCK_HEADER.unpack_from(coded, position)
         position += _BLOCK_HEADER.size
-        self._check(shift <= LARGEST_SHIFT, f"a prediction of kind {shift} is unknown")
-        self._check(shift == 0 or before_previous is not None, "it needs two steps before it, and there is one")
+        _check(shift <= LARGEST_SHIFT, f"a prediction of kind {shift} is unknown")
+        _check(shift == 0 or before_previous is not None, "it needs two steps before it, and there is one")
         folded = self._folded[: out.size]
         if fields == 0:
             folded.fill(0)
         low = 0
         for _ in range(fields):
-            self._check(len(coded) - position >= _FIELD_HEADER.size, "it ends within a field")
+            _check(len(coded) - position >= _FIELD_HEADER.size, "it ends within a field")
             width, storage, length = _FIELD_HEADER.unpack_from(coded, position)
             position += _FIELD_HEADER.size
-            self._check(width in (4, 8) and low + width <= self._bits, f"a field of {width} bits has no place at {low}")
-            self._check(length <= len(coded) - position, "it ends within a field")
+            _check(width in (4, 8) and low + width <= self._bits, f"a field of {width} bits has no place at {low}")
+            _check(length <= len(coded) - position, "it ends within a field")
             field = self._unpacked(coded[position : position + length], storage, _field_length(out.size, width))
             self._join_field(folded, field, low, width)
             position += length
@@ -250,17 +261,13 @@ class StepCoder:
         return position
 
     def _unpacked(self, content: memoryview, storage: int, length: int) -> Bits:
-        self._check(storage in (_RAW, _ZSTD), f"storage of kind {storage} is unknown")
+        _check(storage in (_RAW, _ZSTD), f"storage of kind {storage} is unknown")
         if storage == _ZSTD:
-            try:
-                # A frame decides how much memory it is given, whatever limit the caller sets.
-                declared = zstandard.get_frame_parameters(content).content_size
-                self._check(declared == length, f"a field declares {declared} bytes and not {length}")
-                content = memoryview(self._decompressor.decompress(content, allow_extra_data=False))
-            except zstandard.ZstdError as error:
-                message = f"a coded step is damaged: zstd says {error}. Restore the file from a copy or record again."
-                raise DamagedFileError(message) from error
-        self._check(len(content) == length, f"a field has {len(content)} bytes and not {length}")
+            # A frame is given as much memory as it declares, whatever limit the caller sets.
+            declared = zstandard.get_frame_parameters(content).content_size
+            _check(declared == length, f"a field declares {declared} bytes and not {length}")
+            content = memoryview(self._decompressor.decompress(content, allow_extra_data=False))
+        _check(len(content) == length, f"a field has {len(content)} bytes and not {length}")
         return np.frombuffer(content, np.uint8)
 
     def _join_field(self, folded: Bits, field: Bits, low: int, width: int) -> None:
@@ -283,29 +290,25 @@ class StepCoder:
     def _fits(self, array: Bits) -> bool:
         return array.shape == (self._size,) and array.dtype == self._dtype
 
-    def _check(self, holds: bool, otherwise: str) -> None:
-        if not holds:
-            message = f"a coded step is damaged: {otherwise}. Restore the file from a copy or record again."
-            raise DamagedFileError(message)
+
+def _check(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise _MalformedError(otherwise)
 
 
 def _widths(bits: int, magnitude: float) -> Iterator[int]:
     # The bits of the fields, lowest first. Residuals of two bits or so pair up to symbols that Huffman codes fill well;
     # larger ones have their magnitude in one field of 8 bits, noise below it and rarely anything above.
-    if magnitude < _SMALL:
+    if magnitude < _PAIRED_BELOW:
         widths = [4]
     else:
-        noise = min(max(int((magnitude - _ABOVE_NOISE) // 4), 0) * 4, bits - 8)
+        noise = min(max(int((magnitude - 1) // 4), 0) * 4, bits - 8)
         widths = [8] * (noise // 8) + [4] * (noise % 8 // 4) + [8]
     rest = bits - sum(widths)
     if rest:
         widths += [4] if rest % 8 else [4, 4]
     widths += [8] * ((bits - sum(widths)) // 8)
     return iter(widths)
-
-
-_SMALL = 1.3
-_ABOVE_NOISE = 0.5
 
 
 def _field_length(entries: int, width: int) -> int:

@@ -1,6 +1,6 @@
 """A tensor file that grows step by step and survives a kill at any moment.
 
-    RUN/segments/.NAME.partial     the tensor file in the making: room for its header, then the tensors' bytes
+    RUN/segments/.NAME.growing     the tensor file in the making: room for its header, then the tensors' bytes
     RUN/segments/.NAME.journal     a line for every append: what it added, with checksums
 
 An append writes the bytes, then one line into the journal; it counts once the line is there. `seal` writes the header
@@ -70,7 +70,7 @@ def header_bytes(tensors: Mapping[str, tensorfile.Array], row: Mapping[str, Any]
     int
         Bytes.
     """
-    entries, _ = tensorfile.header_entries(Path(), tensors, _LARGEST_OFFSET)
+    entries, _ = tensorfile.header_entries(Path("a segment"), tensors, _LARGEST_OFFSET)
     return Append(entries, dict.fromkeys(entries, 0xFFFFFFFF), row).header_bytes
 
 

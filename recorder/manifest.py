@@ -282,7 +282,8 @@ class Manifest:
         if not isinstance(document, dict):
             message = f"{file}: expected a JSON object, found {type(document).__name__}"
             raise FormatError(message)
-        if document.get("format") == FORMAT and text != _sealed(text.rpartition(_SEAL)[0]):
+        ours = (document.get("format"), document.get("version")) == (FORMAT, VERSION)
+        if ours and text != _sealed(text.rpartition(_SEAL)[0]):
             message = f"{file}: is damaged: it fails its own CRC-32. Restore it from a copy"
             raise DamagedFileError(message)
         return cls.from_dict(document, str(file))

@@ -14,6 +14,7 @@ import torch
 
 from recorder.errors import UsageError
 from recorder.masters import gradient_within, names_within
+from recorder.sharded import is_sharded, whole
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -143,7 +144,7 @@ class Ownership:
         """
         holders = self.holders()
         used = {id(tensor): tensor for tensor in (holders.get(name, own) for name, own in self._tensors.items())}
-        gradients = [_entries(tensor.grad) for tensor in used.values() if tensor.grad is not None]
+        gradients = [_entries(whole(tensor.grad)) for tensor in used.values() if tensor.grad is not None]
         wide = [entries.float() if entries.dtype in SIXTEEN_BIT else entries for entries in gradients]
         norm = float(torch.nn.utils.get_total_norm(wide))
         scale = getattr(self._optimizer, "grad_scale", None)
@@ -155,9 +156,13 @@ class Ownership:
         Returns
         -------
         bool
-            Whether neither a parameter that the optimizer updates nor a master holds a gradient other than zero.
+            Whether neither a parameter that the optimizer updates nor a master holds a gradient other than zero. Where
+            parameters are sharded it cannot be told, and is False: gradients gather elsewhere, and a shard may be
+            empty.
         """
         holders = self.holders()
+        if any(is_sharded(tensor) for tensor in holders.values()):
+            return False
         tensors = {id(tensor): tensor for name in holders for tensor in (self._tensors[name], holders[name])}
         gradients = [tensor.grad for tensor in tensors.values() if tensor.grad is not None]
         return not any(bool(_entries(gradient).any()) for gradient in gradients)
@@ -168,8 +173,11 @@ class Ownership:
         Returns
         -------
         bool
-            Of those parameters that the optimizer updates.
+            Of those parameters that the optimizer updates. Of sharded ones it is not asked, and True: processes would
+            differ.
         """
+        if any(is_sharded(tensor) for tensor in self.holders().values()):
+            return True
         gradients = [self._tensors[name].grad for name in self.holders()]
         largest = [
             torch.linalg.vector_norm(_entries(gradient), ord=math.inf).float()

@@ -67,6 +67,11 @@ class Announced:
             random_state=random_state,
         )
 
+    @property
+    def has_examples(self) -> bool:
+        """Whether it is one at all: a process of several may have none to give."""
+        return self.nest is not None or self.indices.numel() > 0
+
     def finished(self, *, store: bool) -> MicroBatch:
         """Make the micro-batch that is recorded.
 

@@ -1,10 +1,19 @@
-"""The processes of a data-parallel training, seen from one of them."""
+"""The processes of a data-parallel training, seen from one of them.
+
+Whatever speaks with the other processes is called by all of them at the same moment of the training; a call that only
+some make leaves the training hanging.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as distributed
+
+from recorder.errors import LossledgerError, UsageError
+
+T = TypeVar("T")
 
 
 def this_process() -> tuple[int, int]:
@@ -22,22 +31,56 @@ def this_process() -> tuple[int, int]:
     return 0, 1
 
 
-def from_first(value: Any) -> Any:
-    """Give every process what process 0 has; all of them call this at the same moment of the training.
+def in_first(action: Callable[[], T]) -> T:
+    """Do something in process 0 alone; all processes get its result, or its error.
+
+    Parameters
+    ----------
+    action
+        What to do; its result is of plain types.
+
+    Returns
+    -------
+    object
+        What it returned in process 0. What it raised there is raised in every process: an error of lossledger's own
+        as it is, any other in words, as a `UsageError`.
+    """
+    rank, processes = this_process()
+    if processes == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if rank == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            failure = error
+            words = f"process 0 failed: {type(error).__name__}: {error}"
+            outcome[1] = error if isinstance(error, LossledgerError) else UsageError(words)
+    # The others wait for it, also where this process failed.
+    distributed.broadcast_object_list(outcome, src=0)
+    result, told = outcome
+    if told is not None:
+        raise failure or told
+    return result  # type: ignore[no-any-return]
+
+
+def from_all(value: str) -> list[str]:
+    """Tell all processes a text, and hear theirs.
 
     Parameters
     ----------
     value
-        Plain JSON types; ignored in the other processes.
+        The text of this process.
 
     Returns
     -------
-    Any
-        The value of process 0.
+    list of str
+        One for each process, by rank.
     """
     _, processes = this_process()
     if processes == 1:
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values, src=0)
-    return values[0]
+        return [value]
+    values = [""] * processes
+    distributed.all_gather_object(values, value)
+    return values

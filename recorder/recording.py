@@ -25,10 +25,11 @@ from recorder.layout import BUFFERS, PARAMETERS, Layout, Slot
 from recorder.modelbuffers import ModelBuffers
 from recorder.parameters import warn_of_unmapped
 from recorder.pending import Announced
-from recorder.processes import from_first, this_process
+from recorder.processes import from_all, in_first, this_process
 from recorder.runfolder import RunFolder
 from recorder.segmentwriter import SegmentWriter, State
 from recorder.selection import StepSelection
+from recorder.sharded import whole
 from recorder.staging import Staging
 from recorder.watched import Watched
 from recorder.writer import BackgroundWriter, QuotaReached
@@ -112,6 +113,8 @@ class Recording:
         self._segment_steps = segment_steps
         self._strict = strict
         self._state = "recording"
+        self._rank, self._processes = this_process()
+        self._meets = self._processes > 1
         self._pending: list[Announced] = []
         self._announced_unkept = False
         self._writer: BackgroundWriter | None = None
@@ -122,10 +125,15 @@ class Recording:
         self._gradient_norm: float | None = None
         self._gradient_norms_left = GRADIENT_NORMS
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(self._enter_step),
+            optimizer.register_step_post_hook(self._leave_step),
         ]
         atexit.register(self._close_at_exit)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the training has waited for the writer to give a copy's memory back."""
+        return self._staging.waited if self._staging else 0.0
 
     def __enter__(self) -> Recording:
         return self
@@ -142,7 +150,8 @@ class Recording:
         Parameters
         ----------
         indices
-            The data set indices of its examples; None where the data has none.
+            The data set indices of its examples; None where the data has none. Without indices and without a batch it
+            says that this process of several has no examples in this pass.
         batch
             The micro-batch itself: tensors in any nest of dicts, lists and tuples. Recorded with the step, so that
             replay need not collate it again; without it, the workload collates the indices.
@@ -225,11 +234,10 @@ class Recording:
 
     def _outcome(self, writer: BackgroundWriter) -> str:
         steps = max(self._recorded_steps, 1)
-        waited = self._staging.waited if self._staging else 0.0
         return (
             f"recorded {self._recorded_steps} steps into {self.run}: {writer.bytes / steps / 1e6:.3g} MB a step; "
             f"coding and writing took {writer.busy / steps * 1e3:.3g} ms a step beside the training, "
-            f"which waited {waited:.3g} s for it"
+            f"which waited {self.waited:.3g} s for it"
         )
 
     def _stop(self) -> int | None:
@@ -266,47 +274,86 @@ class Recording:
             self._folder.drop_ballast()
             self._folder.release()
 
+    def _enter_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._watched.sharded or self._steps.keeps(self._next_step):
+            self._notice_failure()
+            self._meet()
+        self._before_step(optimizer)
+
+    def _leave_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._watched.sharded:
+            self._notice_failure()
+            self._meet()
+        self._after_step()
+
+    def _meet(self) -> None:
+        # Outside the guard: a process whose recording has failed takes part, or the others would wait for it for ever.
+        # Each hook of sharded parameters, otherwise the first. After it, what all do together stands before anything
+        # that can fail in one process alone.
+        if not self._meets:
+            return
+        states = from_all(self._state)
+        ended = [f"process {rank} is {state}" for rank, state in enumerate(states) if state != "recording"]
+        self._meets = self._watched.sharded and not ended
+        if ended:
+            self._end_with(ended)
+
     @_harmless
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._learning_rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
+    def _notice_failure(self) -> None:
         self._raise_failure()
+
+    @_harmless
+    def _end_with(self, ended: list[str]) -> None:
+        message = f"the other processes do not record any more: {'; '.join(ended)}"
+        raise UsageError(message)
+
+    @_harmless
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if not self._steps.keeps(self._next_step):
+            return
+        self._learning_rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
         if self._writer is None:
             self._begin()
         late = self._watched.find_first_gradients()
+        stale = late or self._staged != self._next_step
         if late:
-            self._write_table()
-        if self._staging is not None:
-            self._staging.before_update()
-        if self._steps.keeps(self._next_step) and (late or self._staged != self._next_step):
-            if late:
-                self._buffers.keep()
-            self._put(self._stage(self._next_step, at_start=True), None)
+            self._buffers.keep()
         self._gradient_norm = None
         if self._gradient_norms_left:
             self._gradient_norms_left -= 1
             self._gradient_norm = self._watched.gradient_norm()
+        tensors = self._tensors(at_start=True) if stale else []
+        if late:
+            self._write_table()
+        if self._staging is not None:
+            self._staging.before_update()
+        if stale:
+            self._put(self._stage(self._next_step, tensors), None)
 
     def _begin(self) -> None:
+        with self._watched.gathered(keep=self._folder is not None):
+            run_id, attempt = in_first(self._begin_attempt)
+        if self._folder is None:
+            self._settle()
+            self._start_writer(run_id, attempt, Layout(()))
+
+    def _begin_attempt(self) -> tuple[str, int]:
+        assert self._folder is not None
+        self._settle()
+        manifest = self._folder.begin(self._watched, self._buffers, self._next_step)
+        layout = self._layout()
+        self._start_writer(manifest.run_id, manifest.attempt.number, layout)
+        LOG.info("%s", describe_cost(layout, self._steps, self._next_step, self.run))
+        return manifest.run_id, manifest.attempt.number
+
+    def _settle(self) -> None:
         self._buffers.settle()
         self._watched.settle_table(recorded_buffers=self._buffers.changing)
-        rank, _ = this_process()
-        identity = None
-        try:
-            if self._folder is not None:
-                manifest = self._folder.begin(self._watched, self._buffers)
-                identity = (manifest.run_id, manifest.attempt.number)
-        finally:
-            # The others wait for it, also where this process failed.
-            identity = from_first(identity)
-        if identity is None:
-            message = "process 0 could not begin the recording"
-            raise UsageError(message)
-        layout = self._layout() if rank == 0 else Layout(())
+
+    def _start_writer(self, run_id: str, attempt: int, layout: Layout) -> None:
         segment_steps = self._segment_steps or _segment_steps(layout)
-        segments = SegmentWriter(self.run, identity[0], identity[1], rank, segment_steps)
+        segments = SegmentWriter(self.run, run_id, attempt, self._rank, segment_steps)
         self._writer = BackgroundWriter(segments, self._quota_left())
-        if rank == 0:
-            LOG.info("%s", describe_cost(layout, self._steps, self._next_step, self.run))
 
     def _quota_left(self) -> int | None:
         if self._quota is None or self._folder is None:
@@ -314,19 +361,21 @@ class Recording:
         return self._quota - sum(file.stat().st_size for file in self.run.rglob("*") if file.is_file())
 
     def _tensors(self, *, at_start: bool = False) -> list[tuple[str, str, torch.Tensor]]:
+        # Where parameters are sharded, all processes put them together now.
         buffers = self._buffers.at_start() if at_start else self._buffers.now()
         return [
-            *((PARAMETERS, name, tensor) for name, tensor in self._watched.live().items()),
+            *((PARAMETERS, name, whole(tensor)) for name, tensor in self._watched.live().items()),
             *((BUFFERS, name, tensor) for name, tensor in buffers.items()),
         ]
 
     def _layout(self) -> Layout:
-        return Layout(tuple(Slot.of(*entry) for entry in self._tensors(at_start=True)))
+        parameters = [Slot.of(PARAMETERS, name, tensor) for name, tensor in self._watched.live().items()]
+        buffers = [Slot.of(BUFFERS, name, tensor) for name, tensor in self._buffers.at_start().items()]
+        return Layout((*parameters, *buffers))
 
-    def _stage(self, number: int, *, at_start: bool = False) -> State | None:
+    def _stage(self, number: int, tensors: list[tuple[str, str, torch.Tensor]]) -> State | None:
         if self._folder is None:
             return None
-        tensors = self._tensors(at_start=at_start)
         layout = Layout(tuple(Slot.of(*entry) for entry in tensors))
         if self._staging is None or self._staging.layout != layout:
             self._staging = Staging(layout, self._watched.device)
@@ -339,7 +388,7 @@ class Recording:
         self._staged = self._next_step
 
     @_harmless
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self) -> None:
         if self._watched.skipped():
             self.forget_pending()
             return
@@ -348,15 +397,16 @@ class Recording:
         if not self._steps.keeps(step):
             self._next_step += 1
             return
+        tensors = self._tensors()
         if not self._pending:
             message = f"step {step} had no micro-batch: call Recording.batch before each forward pass"
             raise UsageError(message)
-        state = self._stage(step + 1)
+        state = self._stage(step + 1, tensors)
         self._next_step += 1
         self._put(
             state,
             pending.finisher(
-                self._pending,
+                (entry for entry in self._pending if entry.has_examples or self._processes == 1),
                 store=self._store_tensors,
                 step=step,
                 epoch=self.epoch,
@@ -373,10 +423,9 @@ class Recording:
             self._finish("complete")
 
     def _warn_of_unrecorded(self) -> None:
-        if self._watched.find_unrecorded_changes():
+        if self._folder is not None and self._watched.find_unrecorded_changes():
             changes = tuple(sorted(self._watched.unrecorded_changes))
-            if self._folder is not None:
-                self._folder.write(unrecorded_changes=changes)
+            self._folder.write(unrecorded_changes=changes)
             message = (
                 f"{', '.join(changes)} change in training, but no step records them (parameters left out, of an "
                 f"optimizer that is not watched, or buffers that changed late): {self.run} cannot be replayed"

@@ -28,9 +28,9 @@ from recorder.manifest import FORMAT, MANIFEST_FILE, VERSION, Attempt, Manifest,
 from recorder.processes import this_process
 from recorder.ranges import describe_ranges
 from recorder.recipe import current_recipe
+from recorder.recovery import recover_locked
 from recorder.runformat import Run
 from recorder.segments import SEGMENTS_FOLDER, list_segments
-from recorder.segmentwriter import recover_segments
 
 if TYPE_CHECKING:
     from recorder.modelbuffers import ModelBuffers
@@ -114,9 +114,7 @@ class RunFolder:
             raise
 
     def _take_up(self) -> None:
-        durable.sweep(self.path)
-        recovered = recover_segments(self.path)
-        self.recovered = describe_ranges([(name.start, name.stop) for name in recovered]) if recovered else ""
+        self.recovered = recover_locked(self.path)
         self._before = Run(self.path)
         found, wanted = self._before.manifest, self._settings
         pairs = {
@@ -133,8 +131,8 @@ class RunFolder:
             )
             raise UsageError(message)
 
-    def begin(self, watched: Watched, buffers: ModelBuffers) -> Manifest:
-        """Write what is recorded once, just before the first step.
+    def begin(self, watched: Watched, buffers: ModelBuffers, step: int) -> Manifest:
+        """Write what is recorded once, just before the first step that is recorded.
 
         Parameters
         ----------
@@ -142,6 +140,8 @@ class RunFolder:
             Model and optimizer, their table settled.
         buffers
             The model's buffers, settled.
+        step
+            That step: the first of the attempt, or the first of it that is selected.
 
         Returns
         -------
@@ -149,7 +149,7 @@ class RunFolder:
             The manifest, with this attempt. A `JoinError` tells if the parameters are not those that the run recorded
             at this step.
         """
-        joined = self._join(watched) if self._before else "first"
+        joined = self._join(watched, step) if self._before else "first"
         _, processes = this_process()
         earlier = self._before.manifest.attempts if self._before else ()
         attempt = Attempt(
@@ -199,24 +199,27 @@ class RunFolder:
         self._keep_ballast()
         return self.manifest
 
-    def _join(self, watched: Watched) -> str:
+    def _join(self, watched: Watched, step: int) -> str:
         assert self._before is not None
         t, before = self._first_step, self._before
         watched.table = _merged(self.path, before.manifest.parameters, watched.table)
         once = before.untrained()
         constant = {name: tensor for name, tensor in watched.copies(trained=False).items() if name in once}
+        recorded: dict[str, torch.Tensor] = {}
         if not before.steps:
-            self._refuse_other_parameters(constant, once)
-            return "not verified: no step was recorded before"
-        try:
-            recorded = before.parameters(t)
-        except UsageError:
-            self._refuse_other_parameters(constant, once)
-            return (
-                f"not verified: the run holds no parameters of step {t}, it holds {describe_ranges(before.consecutive)}"
-            )
-        self._refuse_other_parameters({**constant, **watched.copies(trained=True)}, {**once, **recorded})
-        return "verified"
+            joined = "not verified: no step was recorded before"
+        elif step != t:
+            joined = f"not verified: step {t}, where the training went on, is not among the steps to record"
+        else:
+            try:
+                recorded = before.parameters(t)
+                joined = "verified"
+            except UsageError:
+                held = describe_ranges(before.consecutive)
+                joined = f"not verified: the run holds no parameters of step {t}, it holds {held}"
+        live = {**constant, **(watched.copies(trained=True) if recorded else {})}
+        self._refuse_other_parameters(live, {**once, **recorded})
+        return joined
 
     def _refuse_other_parameters(self, live: Mapping[str, torch.Tensor], recorded: Mapping[str, torch.Tensor]) -> None:
         different = [

@@ -12,7 +12,7 @@ Described for readers in any language in docs/formats/run.md. This module, `reco
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +95,22 @@ class Run:
                 ranges.append((part.segment.attempt, part.start, part.stop))
         return ranges
 
+    def attempts_within(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Say which attempts recorded a range of steps.
+
+        Parameters
+        ----------
+        start, stop
+            The range of steps.
+
+        Returns
+        -------
+        list of (int, int, int)
+            Number of the attempt, start and stop, in order.
+        """
+        cut = [(number, max(first, start), min(last, stop)) for number, first, last in self.attempts]
+        return [(number, first, last) for number, first, last in cut if first < last]
+
     @property
     def steps(self) -> list[int]:
         """Every recorded step, in order."""
@@ -141,11 +157,12 @@ class Run:
         part = self._part(t)
         if part is None:
             raise self._not_recorded(t)
-        of_processes = [
-            self._segment(name).step(t)
-            for name in self._files
-            if name.attempt == part.segment.attempt and name.start <= t < name.stop
-        ]
+        # By process: their segments need not end at the same steps.
+        names = sorted(
+            (name for name in self._files if name.attempt == part.segment.attempt and name.start <= t < name.stop),
+            key=lambda name: name.rank,
+        )
+        of_processes = [self._segment(name).step(t) for name in names]
         micro_batches = tuple(micro_batch for step in of_processes for micro_batch in step.micro_batches)
         return dataclasses.replace(of_processes[0], micro_batches=micro_batches)
 
@@ -167,7 +184,7 @@ class Run:
         DamagedFileError
             If a parameter of the table is neither in the segment nor among the constants.
         """
-        theta = self._holding(t).parameters(t)
+        theta = self._read_state(t, lambda segment: segment.parameters(t))
         complete = {}
         for parameter in self.manifest.trained:
             # Before its first gradient a parameter stood among the untrained ones.
@@ -191,14 +208,21 @@ class Run:
         dict of str to torch.Tensor
             Name to tensor in host memory.
         """
-        return self._holding(t).buffers(t)
+        return self._read_state(t, lambda segment: segment.buffers(t))
 
-    def _holding(self, t: int) -> Segment:
-        # θ_t stands in the segment of step t, and also, as its end, in the one of step t-1.
-        part = self._part(t) or (self._part(t - 1) if t else None)
-        if part is None:
+    def _read_state(self, t: int, read: Callable[[Segment], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        # θ_t stands in the segment of step t, and also, as its end, in the one of step t-1: one of them may be damaged.
+        of_step, before = self._part(t), self._part(t - 1) if t else None
+        if of_step is None and before is None:
             raise self._not_recorded(t)
-        return self._segment(part.segment)
+        if of_step is not None:
+            try:
+                return read(self._segment(of_step.segment))
+            except DamagedFileError:
+                if before is None or before.segment == of_step.segment:
+                    raise
+        assert before is not None
+        return read(self._segment(before.segment))
 
     def untrained(self) -> dict[str, torch.Tensor]:
         """Read the tensors that received no gradient in the first step, at their initial values.

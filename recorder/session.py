@@ -16,10 +16,11 @@ from recorder.errors import UsageError
 from recorder.manifest import Trainer
 from recorder.modelbuffers import ModelBuffers
 from recorder.patterns import select_names
-from recorder.processes import this_process
+from recorder.processes import in_first
 from recorder.recording import LOG, Batches, Recording
 from recorder.runfolder import RunFolder, Settings
 from recorder.selection import StepSelection
+from recorder.sharded import refuse_what_cannot_be_gathered
 from recorder.watched import Watched
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ def watch(
     A folder that holds a run is taken up again, by a training restarted from its checkpoint: its parameters must be
     those recorded at `first_step`, redone steps replace the old ones, and the old attempt is kept.
 
-    In data-parallel training every process calls it: process 0 records the parameters, each its micro-batches.
+    In data-parallel training every process calls it, after ``init_process_group``: process 0 records the parameters,
+    each its micro-batches. Parameters sharded by ``fully_shard`` are gathered at every recorded step, up to
+    `recorder.sharded.GATHERED_BYTES`; while gradients gather in shards, the recorder cannot see that a gradient scaler
+    skipped an update: call `Recording.forget_pending` then.
 
     Parameters
     ----------
@@ -126,12 +130,17 @@ def watch(
         trainer=trainer or Trainer(name="torch", version=str(torch.__version__)),
         files=files or {},
     )
-    rank, _ = this_process()
-    folder = RunFolder(Path(run), settings, first_step) if rank == 0 else None
+    kept = {name: tensor for name, tensor in model.named_parameters() if name not in left_out}
+    refuse_what_cannot_be_gathered(model, optimizer, kept)
+    watched = Watched(model, optimizer, left_out=left_out)
+    folders: list[RunFolder] = []
+    # A refusal reaches every process; alone, the others would wait for this one in the training's next exchange.
+    in_first(lambda: folders.append(RunFolder(Path(run), settings, first_step)))
+    folder = folders[0] if folders else None
     if folder is not None and folder.recovered:
         LOG.info("recovered %s, which a killed training left in the making", folder.recovered)
     return Recording(
-        Watched(model, optimizer, left_out=left_out),
+        watched,
         ModelBuffers(model),
         optimizer,
         folder,

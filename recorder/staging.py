@@ -71,6 +71,7 @@ class Staging:
             with torch.cuda.stream(self._stream):
                 for view, tensor in zip(views, tensors, strict=True):
                     view.copy_(tensor.detach(), non_blocking=True)
+                    tensor.record_stream(self._stream)  # one put together from shards is dropped by its owner now
                 copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 copied.record(self._stream)
         self._copied = copied

@@ -1,21 +1,25 @@
 """The model and the optimizer under watch: what the recorder reads from them at each step.
 
-Only reads: copies of parameters, which of them have a gradient, the state of the random generators, buffers.
+Only reads: copies of parameters, which of them have a gradient, the state of the random generators, buffers. What is
+copied of a parameter is the tensor that the optimizer updates for it: its float32 master where it has one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recorder import tensorfile
-from recorder.errors import UsageError
 from recorder.manifest import OptimizerFacts
+from recorder.masters import masters_by_first_name
+from recorder.ownership import Ownership
 from recorder.parameters import parameter_table
+from recorder.sharded import is_sharded, local, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,9 +34,12 @@ class Watched:
     model
         The model in training.
     optimizer
-        Any torch optimizer over its parameters.
+        Any torch optimizer over its parameters, or over their masters.
     left_out
         Names of parameters that are not to be recorded.
+    masters
+        Parameter name to the tensor that the optimizer updates for it, where that is not the model's own: a float32
+        copy of a 16-bit parameter, or a view of its part of a flat one.
 
     Attributes
     ----------
@@ -40,22 +47,36 @@ class Watched:
         The parameter table; `settle_table` and `find_first_gradients` say which parameters are trained.
     device : torch.device
         Where the model is.
+    sharded : bool
+        Whether parameters are spread over processes.
     unrecorded_changes : set of str
         Names of buffers and untrained parameters found changed so far.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, left_out: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        left_out: Collection[str] = (),
+        masters: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self._model = model
         self._optimizer = optimizer
-        self._tensors = dict(model.named_parameters())
-        self._names = {id(tensor): name for name, tensor in self._tensors.items()}
+        tensors = dict(model.named_parameters())
+        masters = masters_by_first_name(model, masters or {})
+        self._ownership = Ownership(optimizer, tensors, masters)
         self._checksums: dict[str, int] = {}
+        self._moved_before_first_gradient: set[str] = set()
         self._recorded_buffers: tuple[str, ...] = ()
         self.table = tuple(
             dataclasses.replace(row, status="not_recorded") if row.name in left_out else row
-            for row in parameter_table(model)
+            for row in parameter_table(model, masters=masters)
         )
-        self.device = next(iter(self._tensors.values())).device
+        self.device = next(iter(tensors.values())).device
+        self.sharded = any(is_sharded(tensor) for tensor in self._ownership.recorded.values())
+        self._gathered: dict[str, torch.Tensor] = {}
+        self._gathered_state: dict[int, dict[str, Any]] | None = None
         self.unrecorded_changes: set[str] = set()
 
     def settle_table(self, *, recorded_buffers: tuple[str, ...] = ()) -> None:
@@ -65,21 +86,10 @@ class Watched:
         ----------
         recorded_buffers
             Names of buffers that are recorded with every step, and so may change.
-
-        Raises
-        ------
-        UsageError
-            If the optimizer updates tensors that are not the model's.
+            A `UsageError` tells if the optimizer updates tensors that are neither the model's nor its masters.
         """
-        unknown = len(self._updated() - set(self._names))
-        if unknown:
-            message = (
-                f"the optimizer updates {unknown} tensors that are no parameters of the model given to watch "
-                "(a float32 copy kept for 16-bit training, or another model's); such training is not recorded yet"
-            )
-            raise UsageError(message)
         self._recorded_buffers = recorded_buffers
-        with_gradient = self._with_gradient()
+        with_gradient = self._ownership.with_gradient([parameter.name for parameter in self.table])
         self.table = tuple(
             parameter
             if parameter.name in with_gradient or parameter.status == "not_recorded"
@@ -96,21 +106,18 @@ class Watched:
         bool
             Whether the table has changed.
         """
-        with_gradient = self._with_gradient()
-        late = {parameter.name for parameter in self.table if parameter.status == "untrained"} & with_gradient
+        untrained = [parameter.name for parameter in self.table if parameter.status == "untrained"]
+        late = self._ownership.with_gradient(untrained)
         if late:
+            # Weight decay moves a master without a gradient, and until now no step recorded it.
+            self._moved_before_first_gradient |= {
+                name for name in late if _checksum(self._ownership.recorded[name]) != self._checksums[name]
+            }
             self.table = tuple(
                 dataclasses.replace(parameter, status="trained") if parameter.name in late else parameter
                 for parameter in self.table
             )
         return bool(late)
-
-    def _updated(self) -> set[int]:
-        return {id(tensor) for group in self._optimizer.param_groups for tensor in group["params"]}
-
-    def _with_gradient(self) -> set[str]:
-        updated = self._updated()
-        return {name for name, tensor in self._tensors.items() if tensor.grad is not None and id(tensor) in updated}
 
     def live(self, *, trained: bool = True) -> dict[str, torch.Tensor]:
         """Give the tensors that are recorded with every step, or the others.
@@ -123,14 +130,42 @@ class Watched:
         Returns
         -------
         dict of str to torch.Tensor
-            Name to the training's own tensor.
+            Name to the training's own tensor: the parameter, or its master.
         """
-        return {
-            parameter.name: self._tensors[parameter.name] for parameter in self.table if parameter.trained == trained
-        }
+        recorded = self._ownership.recorded
+        return {parameter.name: recorded[parameter.name] for parameter in self.table if parameter.trained == trained}
+
+    @contextmanager
+    def gathered(self, *, keep: bool) -> Iterator[None]:
+        """Put sharded parameters and optimizer state together for a while; all processes call this together.
+
+        Parameters
+        ----------
+        keep
+            Whether this process needs them, for `copies` and `optimizer_state`.
+
+        Yields
+        ------
+        None
+            While they are at hand. Where nothing is sharded, nothing is copied.
+        """
+        if self.sharded:
+            for name, tensor in self._ownership.recorded.items():
+                complete = whole(tensor)
+                if keep:
+                    self._gathered[name] = complete.cpu()
+            state = {
+                index: {key: whole(value) if isinstance(value, torch.Tensor) else value for key, value in entry.items()}
+                for index, entry in self.optimizer_state().items()
+            }
+            self._gathered_state = state if keep else None
+        try:
+            yield
+        finally:
+            self._gathered, self._gathered_state = {}, None
 
     def copies(self, *, trained: bool) -> dict[str, torch.Tensor]:
-        """Copy the trained parameters, or the others, to host memory.
+        """Copy the trained parameters, or the others, to host memory; sharded ones within `gathered`.
 
         Parameters
         ----------
@@ -142,7 +177,8 @@ class Watched:
         dict of str to torch.Tensor
             Name to copy.
         """
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.live(trained=trained).items()}
+        live = {name: self._gathered.get(name, tensor) for name, tensor in self.live(trained=trained).items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
 
     def skipped(self) -> bool:
         """Say whether the update that just ended did nothing, because a gradient scaler found an overflow.
@@ -161,10 +197,24 @@ class Watched:
         Returns
         -------
         bool
-            True if no parameter holds a gradient, or every gradient is zero.
+            True if no parameter holds a gradient, or every gradient is zero. Those of masters count too: where a loop
+            drops the model's gradients between the micro-batches of an update, the masters gather them.
         """
-        gradients = [tensor.grad for tensor in self._tensors.values() if tensor.grad is not None]
-        return not any(bool(_entries(gradient).any()) for gradient in gradients)
+        return self._ownership.gradients_dropped()
+
+    def gradients_finite(self) -> bool:
+        """Say whether the gradients held now are finite.
+
+        What is added to an infinite gradient leaves it infinite. So where gradients were not finite when a micro-batch
+        was announced, and are in the next step, they were zeroed in between: the micro-batches announced before belong
+        to an update that was skipped.
+
+        Returns
+        -------
+        bool
+            True if no parameter has a gradient with infinity or NaN in it.
+        """
+        return self._ownership.gradients_finite()
 
     def gradient_norm(self) -> float:
         """Measure the gradient that the optimizer is about to use.
@@ -172,10 +222,20 @@ class Watched:
         Returns
         -------
         float
-            Euclidean norm over all parameters.
+            Euclidean norm over all parameters, or over their masters; without the scale of a gradient scaler.
         """
-        gradients = [_entries(tensor.grad) for tensor in self._tensors.values() if tensor.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return self._ownership.gradient_norm()
+
+    def autocast(self) -> str | None:
+        """Say whether torch computes in 16 bit now, on the model's device.
+
+        Returns
+        -------
+        str or None
+            The dtype without the prefix ``torch.``; None outside `torch.autocast`.
+        """
+        kind = self.device.type
+        return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None
 
     def random_state(self) -> dict[str, torch.Tensor]:
         """Read the state of torch's generators, which does not advance them.
@@ -198,27 +258,33 @@ class Watched:
         bool
             Whether `unrecorded_changes` has grown.
         """
-        changed = {
-            name for name, checksum in self._checksums_of_unrecorded().items() if checksum != self._checksums.get(name)
+        # An untrained master may decay: the loss of a parameter without a gradient does not depend on it.
+        untrained = {parameter.name for parameter in self.table if parameter.status == "untrained"}
+        decaying = self._ownership.with_master() & untrained
+        changed = self._moved_before_first_gradient | {
+            name
+            for name, checksum in self._checksums_of_unrecorded(leave_out=decaying).items()
+            if checksum != self._checksums.get(name)
         }
         grown = bool(changed - self.unrecorded_changes)
         self.unrecorded_changes |= changed
         return grown
 
-    def _checksums_of_unrecorded(self) -> dict[str, int]:
-        # Of the bytes: a NaN that stays is no change (fairseq keeps a buffer of memory that it never fills).
+    def _checksums_of_unrecorded(self, leave_out: Collection[str] = ()) -> dict[str, int]:
         buffers = {name: tensor for name, tensor in self._model.named_buffers() if name not in self._recorded_buffers}
         tensors = {**buffers, **self.live(trained=False)}
-        return {name: tensorfile.checksum(tensor.detach().cpu()) for name, tensor in tensors.items()}
+        return {name: _checksum(tensor) for name, tensor in tensors.items() if name not in leave_out}
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
-        """Take the optimizer's state.
+        """Take the optimizer's state; what is sharded of it is whole within `gathered`.
 
         Returns
         -------
         dict
             As ``optimizer.state_dict()["state"]``; empty before its first step.
         """
+        if self._gathered_state is not None:
+            return self._gathered_state
         state: dict[int, dict[str, Any]] = self._optimizer.state_dict()["state"]
         return state
 
@@ -228,16 +294,22 @@ class Watched:
         Returns
         -------
         OptimizerFacts
-            Class, hyperparameters and parameter names of each group.
+            Class, hyperparameters and parameter names of each group. Where a tensor holds several parameters, also how
+            many names belong to each tensor, as ``names_per_tensor``.
         """
         groups = []
+        names = iter(self._ownership.names())
         for group in self._optimizer.param_groups:
             facts = {
                 key: _hyperparameter(value)
                 for key, value in group.items()
                 if isinstance(value, bool | int | float | str | tuple | None)
             }
-            groups.append(facts | {"parameters": [self._names[id(tensor)] for tensor in group["params"]]})
+            of_group = [next(names) for _ in group["params"]]
+            facts["parameters"] = [name for entry in of_group for name in entry]
+            if any(len(entry) > 1 for entry in of_group):
+                facts["names_per_tensor"] = [len(entry) for entry in of_group]
+            groups.append(facts)
         kind = type(self._optimizer)
         return OptimizerFacts(
             name=f"{kind.__module__}.{kind.__qualname__}", groups=tuple(groups), fresh=not self.optimizer_state()
@@ -253,6 +325,7 @@ def _hyperparameter(value: Any) -> Any:
     return value
 
 
-def _entries(gradient: torch.Tensor) -> torch.Tensor:
-    # torch takes no norm of a sparse gradient (nn.Embedding(sparse=True)).
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+def _checksum(tensor: torch.Tensor) -> int:
+    # Of the bytes: a NaN that stays is no change (fairseq keeps a buffer of memory that it never fills).
+    # Of this process's shard: a checksum speaks with no other process.
+    return tensorfile.checksum(local(tensor).detach().cpu())

@@ -77,10 +77,11 @@ class BackgroundWriter:
             if state is not None:
                 state.release()
             return
-        if state is not None:
-            state.wait()
-        step = make_step() if make_step else None
+        step = None
         try:
+            if state is not None:
+                state.wait()
+            step = make_step() if make_step else None
             self._within_quota(state)
             before = self._segments.bytes
             self._segments.add(state, step)
@@ -88,7 +89,8 @@ class BackgroundWriter:
             self._largest_step = max(self._largest_step, self._segments.bytes - before)
         except Exception as error:
             self.failure = error
-            self.failed_at = step.step if step else state.number if state else None
+            at_state = None if state is None else state.number - (make_step is not None)
+            self.failed_at = step.step if step else at_state
             if state is not None:
                 state.release()
             with suppress(Exception):

@@ -98,11 +98,14 @@ class Grouping:
     heads
         Groups of shape (layers, attention components, heads). Only attention weights are members: a bias is no
         slice of its weight's head, so it counts in `cells` alone.
+    not_recorded
+        Array of shape (layers, components), int64: entries of parameters that the recording left out.
     """
 
     layers: tuple[Layer, ...]
     cells: Groups
     heads: Groups
+    not_recorded: npt.NDArray[np.int64]
 
 
 def grouping(parameters: Sequence[Parameter]) -> Grouping:
@@ -129,6 +132,10 @@ def grouping(parameters: Sequence[Parameter]) -> Grouping:
 
     weights = [parameter for parameter in parameters if _has_heads(parameter)]
     heads = max((weight.heads for weight in weights), default=1)
+    not_recorded = np.zeros((len(layers), len(COMPONENTS)), dtype=np.int64)
+    for parameter in parameters:
+        if parameter.status == "not_recorded":
+            not_recorded.flat[code(parameter, COMPONENTS)] += parameter.size
     return Grouping(
         layers=layers,
         cells=_groups(
@@ -141,6 +148,7 @@ def grouping(parameters: Sequence[Parameter]) -> Grouping:
             weights,
             lambda weight: code(weight, ATTENTION_COMPONENTS) * heads + np.arange(weight.heads, dtype=np.int64),
         ),
+        not_recorded=not_recorded,
     )
 
 

@@ -254,4 +254,5 @@ def _axes(plan: Plan) -> Arrays:
         "attention_component": np.array(shards.ATTENTION_COMPONENTS),
         "head": np.arange(plan.grouping.heads.shape[-1], dtype=np.int64),
         "n_parameters": plan.grouping.cells.entries,
+        "n_not_recorded": plan.grouping.not_recorded,
     }

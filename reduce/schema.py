@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,10 +90,17 @@ VARIABLES = {
     "status": Field(dims=_ENTRY, dtype=np.int8, units="1", long_name="how the entry came about", flags=STATUSES),
     "evaluations": _field(_ENTRY, np.int64, "1", "gradient evaluations"),
     "n_parameters": _field(("layer", "component"), np.int64, "1", "entries in the cell"),
+    "n_not_recorded": _field(("layer", "component"), np.int64, "1", "entries of the cell that were not recorded"),
 }
 
 FIELDS = {**COORDINATES, **VARIABLES}
 ALONG_STEP = {name: field for name, field in FIELDS.items() if "step" in field.dims}
+
+
+def _describe_buffers(names: Sequence[str]) -> str:
+    if not names:
+        return "none changed in training"
+    return f"held along every step at their values before it: {', '.join(names)}"
 
 
 def attributes(*, path: str, provenance: Mapping[str, Any], command: str) -> dict[str, Any]:
@@ -128,6 +135,7 @@ def attributes(*, path: str, provenance: Mapping[str, Any], command: str) -> dic
             "Vázquez et al., COLING 2022, https://aclanthology.org/2022.coling-1.424"
         ),
         "path": path,
+        "buffers": _describe_buffers(provenance.get("buffers", ())),
         VERSION_ATTRIBUTE: VERSION,
         "provenance": json.dumps(provenance, sort_keys=True),
     }

@@ -16,6 +16,7 @@ import torch
 from recorder import commandline
 from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
+from recorder.recovery import recover
 from recorder.runformat import Run
 from replay import lossdata
 from replay.progress import with_progress
@@ -112,6 +113,9 @@ def _wanted(text: str | None, tasks: Sequence[Task]) -> list[Task]:
 
 
 def _open(run: Path) -> Run:
+    recovered = recover(run)
+    if recovered:
+        commandline.say(f"{run}: recovered {recovered}, which a killed training left in the making")
     opened = Run(run)
     if not opened.steps:
         message = f"{run} holds no recorded step yet (state: {opened.manifest.state})"
@@ -126,6 +130,14 @@ def _open(run: Path) -> Run:
     return opened
 
 
+def _remove_stale(run: Run, opened: Replayer) -> None:
+    stale = [(folder, entry) for folder in opened.folders.values() for entry in folder.stale(run.attempts_within)]
+    for folder, (start, stop) in stale:
+        folder.remove(start, stop)
+    if stale:
+        commandline.say(f"{run.path}: {len(stale)} shards of steps that were recorded anew are removed")
+
+
 def _run_tasks(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receipt]:
     if workers == 1 or len(tasks) == 1:
         return run_serially(job, tasks)
@@ -138,6 +150,8 @@ def _replay(options: argparse.Namespace) -> int:
     run = _open(options.run)
     job = _job(options, run)
     opened = replayer(job)
+    if not options.dry_run:
+        _remove_stale(run, opened)
     consecutive = run.consecutive
     tasks = _wanted(options.steps, plan(job, opened.folders, consecutive, again=options.overwrite))
     steps = sum(task.stop - task.start for task in tasks)

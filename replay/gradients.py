@@ -135,6 +135,28 @@ class LossSurface:
             parameter.requires_grad_(name in self._parameters)
         set_parameters({name: present[name] for name in fixed}, fixed)
 
+    def hold(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Set buffers of the model, for all evaluations to come.
+
+        Parameters
+        ----------
+        buffers
+            Name to value.
+
+        Raises
+        ------
+        FormatError
+            If the model has no such buffer.
+        """
+        present = dict(self._model.named_buffers())
+        missing = [name for name in buffers if name not in present]
+        if missing:
+            message = (
+                f"the model that the workload builds lacks {len(missing)} buffers of the run, first {missing[0]!r}"
+            )
+            raise FormatError(message)
+        set_parameters({name: present[name] for name in buffers}, buffers)
+
     def evaluate(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> Evaluation:
         """Compute loss and gradient at parameters `theta`.
 

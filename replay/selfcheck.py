@@ -143,7 +143,8 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def _steps_to_repeat(run: Run) -> list[Step]:
     steps = []
-    for t in run.steps[:MOST_STEPS]:
+    first, stop = run.consecutive[0]
+    for t in range(first, min(stop, first + MOST_STEPS)):
         steps.append(run.step(t))
         before, after = run.parameters(t), run.parameters(t + 1)
         if any(not _same(before[name], after[name]) for name in after):

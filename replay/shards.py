@@ -15,7 +15,7 @@ import enum
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ from replay.settings import VERSION, Settings
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    Attempts = Sequence[tuple[int, int, int]]
 
 __all__ = [
     # What a reader of shards needs of the floors below stands here too.
@@ -250,7 +252,37 @@ class ShardFolder:
             ranges.append((start, stop))
         return ranges
 
-    def write(self, start: int, stop: int, shard: Shard) -> Path:
+    def stale(self, attempts_within: Callable[[int, int], Attempts]) -> list[tuple[int, int]]:
+        """List the shards of steps that the run has recorded anew since.
+
+        Parameters
+        ----------
+        attempts_within
+            Which attempts recorded a range of steps, as the run is now.
+
+        Returns
+        -------
+        list of (int, int)
+            Start and stop of each such shard.
+        """
+        return [
+            (start, stop)
+            for start, stop in self._ranges()
+            if self._open_shard(start, stop).facts.get("attempts")
+            != [list(entry) for entry in attempts_within(start, stop)]
+        ]
+
+    def remove(self, start: int, stop: int) -> None:
+        """Remove the shard of steps `start` to `stop` - 1.
+
+        Parameters
+        ----------
+        start, stop
+            The range of steps.
+        """
+        self.file(start, stop).unlink(missing_ok=True)
+
+    def write(self, start: int, stop: int, shard: Shard, attempts: Attempts = ()) -> Path:
         """Write the shard of steps `start` to `stop` - 1, durably and all at once.
 
         A shard of a part of these steps, from when the run had fewer, gives way.
@@ -261,6 +293,8 @@ class ShardFolder:
             The range of steps.
         shard
             Its content; checked against the formats `PER_STEP` and `PER_UNIT`.
+        attempts
+            Which attempts of the training recorded these steps: number, start and stop of each.
 
         Returns
         -------
@@ -277,7 +311,14 @@ class ShardFolder:
                 array = shard.per_unit[quantity][parameter.name]
                 tensors[key] = _checked(key, array, (steps, parameter.units), dtype)
         path = self.file(start, stop)
-        facts = {"format": FORMAT, "version": VERSION, "settings": self.settings.hash, "start": start, "stop": stop}
+        facts = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self.settings.hash,
+            "start": start,
+            "stop": stop,
+            "attempts": [list(entry) for entry in attempts],
+        }
         tensorfile.write(path, tensors, facts)
         for first, last in self._ranges():
             if start <= first and last <= stop and (first, last) != (start, stop):

@@ -122,6 +122,7 @@ class Replayer:
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self._device = torch.device(job.device)
         self._trained = self.run.manifest.trained
+        self._held = bool(self.run.manifest.buffers)
         self._surface = LossSurface(
             self.workload, [parameter.name for parameter in self._trained], self.run.untrained(), self._device
         )
@@ -151,6 +152,7 @@ class Replayer:
             "run": dict(manifest.provenance),
             "trainer": dataclasses.asdict(manifest.trainer),
             "recipe": dict(manifest.recipe),
+            "buffers": list(manifest.buffers),
         }
         return ShardFolder.create(self.run.path, settings, manifest.parameters, provenance)
 
@@ -174,9 +176,14 @@ class Replayer:
         for row, t in enumerate(steps):
             start, end = end, self._theta(t + 1)
             step = self.run.step(t)
+            if self._held:
+                self._surface.hold(self.run.buffers(t))
             for name in task.loss_data:
                 known[name] = self._fill(shards[name], row, step, name, start, end, known[name])
-        files = tuple(str(self.folders[name].write(task.start, task.stop, shards[name])) for name in task.loss_data)
+        attempts = self.run.attempts_within(task.start, task.stop)
+        files = tuple(
+            str(self.folders[name].write(task.start, task.stop, shards[name], attempts)) for name in task.loss_data
+        )
         return Receipt(task=task, files=files)
 
     def evaluations(self, task: Task) -> int:
@@ -193,7 +200,9 @@ class Replayer:
             Over all its steps and loss data.
         """
         nodes, steps = len(self.rule.nodes), task.stop - task.start
-        saved = steps - 1 if self.rule.starts_at_start and self.rule.ends_at_end else 0
+        # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
+        shared = self.rule.starts_at_start and self.rule.ends_at_end and not self._held
+        saved = steps - 1 if shared else 0
         return sum(nodes * steps - (saved if self.loss_data[name].fixed else 0) for name in task.loss_data)
 
     def bytes_written(self, task: Task) -> int:
@@ -267,7 +276,7 @@ class Replayer:
             _put(shard.per_unit["sum"][parameter.name], row, sums.sum)
             _put(shard.per_unit["positive_sum"][parameter.name], row, sums.positive_sum)
             _put(shard.per_unit["positive_count"][parameter.name], row, sums.positive_count)
-        return allocation.end if data.fixed else None
+        return allocation.end if data.fixed and not self._held else None
 
 
 def _put(array: npt.NDArray[Any], row: int, values: torch.Tensor) -> None:

@@ -136,16 +136,25 @@ def train(
     micro_batches: int = 2,
     factory: Callable[[], LanguageModelling] = workload,
     make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    steps_to_record: str = "all",
+    frozen: str | None = None,
     **watch_arguments: Any,
 ) -> nn.Module:
     """Train `LanguageModelling` for a few steps with the recorder on, as the README shows; return the trained model."""
     torch.manual_seed(1)
     task = factory()
     model = task.model()
-    parameters = model.parameters()
+    if frozen is not None:
+        model.get_submodule(frozen).requires_grad_(False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters) if make_optimizer else torch.optim.Adam(parameters, lr=1e-2)
     examples = torch.Generator().manual_seed(2)
-    arguments: dict[str, Any] = {"run": run, "workload": f"tests.cases:{factory.__name__}", **watch_arguments}
+    arguments: dict[str, Any] = {
+        "run": run,
+        "workload": f"tests.cases:{factory.__name__}",
+        "steps": steps_to_record,
+        **watch_arguments,
+    }
     with recorder.watch(model, optimizer, **arguments) as rec:
         for _ in range(steps):
             counts = 0.0

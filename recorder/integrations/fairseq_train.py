@@ -16,6 +16,7 @@ import torch
 
 from recorder.errors import UsageError
 from recorder.integrations.fairseq_config import fairseq, fairseq_config, quietly
+from recorder.integrations.fairseq_masters import fairseq_masters
 from recorder.manifest import Trainer
 from recorder.recording import Recording
 from recorder.runfolder import refuse_what_is_no_run
@@ -58,6 +59,7 @@ class _Session:
             trainer=Trainer(
                 name="fairseq", version=fairseq.__version__, arguments=self._arguments, directory=str(Path.cwd())
             ),
+            **({"masters": masters} if (masters := fairseq_masters(trainer)) else {}),
             **self._settings,
         )
         trainer.criterion.register_forward_pre_hook(self._before_forward)
@@ -104,14 +106,12 @@ def _dictionaries(data: str) -> dict[str, Path]:
 
 
 def _refuse_unsupported(config: Any) -> None:
-    common = config.common
-    for flag in ("fp16", "bf16", "amp", "memory_efficient_fp16", "memory_efficient_bf16", "tpu"):
-        if getattr(common, flag, False):
-            message = (
-                f"--{flag.replace('_', '-')}: only float32 training is recorded by this version; "
-                "train without it, or record a float32 run"
-            )
-            raise UsageError(message)
+    if config.common.tpu:
+        message = (
+            "--tpu, which fairseq 0.12.2 takes --bf16 and --memory-efficient-bf16 to mean, needs torch_xla, and its "
+            "updates are not recorded; train in float32, or with --fp16, --memory-efficient-fp16 or --amp"
+        )
+        raise UsageError(message)
     workers = config.distributed_training.distributed_world_size
     if workers > 1:
         message = (

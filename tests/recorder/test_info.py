@@ -35,23 +35,44 @@ def test_info_for_a_machine_is_one_json_object_on_standard_output(
         "path": "recorded",
         "trainer": f"torch {manifest.trainer.version}",
         "steps": "steps 0-4",
+        "selected_steps": "all",
         "segments": 3,
         "bytes": sum(file.stat().st_size for file in run.rglob("*") if file.is_file()),
         "trained_parameters": sum(tensor.numel() for tensor in model.parameters()),
         "untrained_parameters": 0,
-        "batches": "tensors",
+        "not_recorded_parameters": 0,
+        "buffers": 0,
+        "batches": "store",
         "created": manifest.provenance["created"],
+        "attempts": [
+            {
+                "number": 1,
+                "first_step": 0,
+                "joined": "first",
+                "state": "complete",
+                "processes": 1,
+                "created": manifest.attempt.created,
+                "stop": 5,
+                "recorded": "steps 0-4",
+                "in_use": "steps 0-4",
+            }
+        ],
     }
     assert len(manifest.run_id) == 32
 
 
 def test_info_for_a_person_says_the_same_in_lines(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(run)]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("st"))
+    output = capsys.readouterr().out
+    lines = dict(line.split(maxsplit=1) for line in output.splitlines() if line.startswith("st"))
     assert lines == {"state": "complete", "steps": "steps 0-4"}
-    assert main(["info", str(run)]) == 0
     size = sum(parameter.size for parameter in Run(run).manifest.trained)
-    assert f"trained parameters    {size:,}\n" in capsys.readouterr().out
+    assert f"trained parameters       {size:,}\n" in output
+    (attempt,) = (line for line in output.splitlines() if line.startswith("attempt"))
+    assert attempt.split(maxsplit=2)[1:] == [
+        "1",
+        "from step 0, complete; joined: first; recorded steps 0-4, of which count steps 0-4",
+    ]
 
 
 def test_a_gap_in_the_steps_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

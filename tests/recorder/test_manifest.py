@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recorder.errors import FormatError, UsageError
-from recorder.manifest import MANIFEST_FILE, Manifest, OptimizerFacts, Trainer
+from recorder.errors import DamagedFileError, FormatError, UsageError
+from recorder.manifest import MANIFEST_FILE, Attempt, Manifest, OptimizerFacts, Trainer
 from recorder.table import COMPONENTS, Parameter
 
 json_values: st.SearchStrategy[Any] = st.recursive(
@@ -28,16 +28,25 @@ parameters = st.builds(
     aliases=st.lists(names, max_size=2).map(tuple),
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
     dtype=st.sampled_from(["float32", "bfloat16"]),
-    status=st.sampled_from(["trained", "untrained"]),
+    status=st.sampled_from(["trained", "untrained", "not_recorded"]),
     layer=names,
     stack=names,
     depth=st.integers(-1, 99),
     component=st.sampled_from(COMPONENTS),
 )
+attempts = st.builds(
+    Attempt,
+    number=st.integers(1, 999),
+    first_step=st.integers(0, 99),
+    joined=names,
+    state=names,
+    processes=st.integers(1, 8),
+    created=st.text(),
+    stop=st.none() | st.integers(0, 99),
+)
 manifests = st.builds(
     Manifest,
     run_id=names,
-    state=names,
     path=st.just("recorded"),
     workload=st.none() | names,
     trainer=st.builds(
@@ -47,22 +56,26 @@ manifests = st.builds(
         OptimizerFacts, name=names, groups=st.lists(json_objects, max_size=2).map(tuple), fresh=st.booleans()
     ),
     recipe=json_objects,
-    batches=st.sampled_from(["tensors", "indices"]),
+    batches=st.sampled_from(["store", "indices"]),
     parameters=st.lists(parameters, max_size=3).map(tuple),
+    attempts=st.lists(attempts, min_size=1, max_size=3).map(tuple),
+    steps=names,
+    buffers=st.lists(names, max_size=2).map(tuple),
+    files=st.dictionaries(names, st.integers(0, 2**32 - 1), max_size=2),
     unrecorded_changes=st.lists(names, max_size=2).map(tuple),
     provenance=json_objects,
 )
 
 EXAMPLE = Manifest(
     run_id="0" * 32,
-    state="complete",
     path="recorded",
     workload="my_project.train:workload",
     trainer=Trainer(name="torch", version="2.13.0"),
     optimizer=OptimizerFacts(name="torch.optim.adam.Adam", groups=({"lr": 0.1, "parameters": ["w"]},), fresh=True),
     recipe={"threads": 2},
-    batches="tensors",
+    batches="store",
     parameters=(Parameter(name="w", shape=(2, 3), dtype="float32", aliases=("v",)),),
+    attempts=(Attempt(number=1, first_step=0, joined="first", state="complete", stop=9),),
     provenance={},
 )
 
@@ -79,7 +92,8 @@ def test_a_manifest_comes_back_from_its_file_as_it_was(
 
 def test_writing_again_replaces_the_manifest_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     EXAMPLE.write(tmp_path)
-    later = dataclasses.replace(EXAMPLE, state="incomplete: training ended with KeyboardInterrupt")
+    ended = dataclasses.replace(EXAMPLE.attempt, state="incomplete: training ended with KeyboardInterrupt")
+    later = dataclasses.replace(EXAMPLE, attempts=(ended,))
     later.write(tmp_path)
     assert Manifest.read(tmp_path) == later
     assert [file.name for file in tmp_path.iterdir()] == [MANIFEST_FILE]
@@ -89,6 +103,39 @@ def test_trained_lists_only_what_is_in_the_ledger() -> None:
     frozen = dataclasses.replace(EXAMPLE.parameters[0], name="u", status="untrained")
     manifest = dataclasses.replace(EXAMPLE, parameters=(frozen, *EXAMPLE.parameters))
     assert manifest.trained == EXAMPLE.parameters
+
+
+def test_the_state_of_a_run_is_that_of_its_last_attempt() -> None:
+    second = Attempt(number=2, first_step=4, joined="verified", state="recording")
+    manifest = dataclasses.replace(EXAMPLE, attempts=(*EXAMPLE.attempts, second))
+    assert manifest.attempt == second
+    assert (EXAMPLE.state, manifest.state) == ("complete", "recording")
+
+
+def test_a_flipped_bit_anywhere_in_the_file_is_noticed(tmp_path: Path) -> None:
+    EXAMPLE.write(tmp_path)
+    file = tmp_path / MANIFEST_FILE
+    whole = file.read_bytes()
+    unnoticed = []
+    for position in range(len(whole)):
+        for bit in (1 << (position % 8), 0x20, 0x80):  # 0x20 turns a letter's case, 0x80 leaves ASCII
+            damaged = bytearray(whole)
+            damaged[position] ^= bit
+            file.write_bytes(damaged)
+            try:
+                Manifest.read(tmp_path)
+            except FormatError:
+                continue
+            unnoticed.append((position, bit))
+    assert unnoticed == []
+
+
+def test_a_manifest_changed_by_hand_is_refused_as_damaged(tmp_path: Path) -> None:
+    EXAMPLE.write(tmp_path)
+    file = tmp_path / MANIFEST_FILE
+    file.write_text(file.read_text().replace('"complete"', '"recording"'))
+    with pytest.raises(DamagedFileError, match=r"manifest\.json: is damaged: it fails its own CRC-32"):
+        Manifest.read(tmp_path)
 
 
 def test_all_missing_and_unknown_fields_are_named_at_once() -> None:
@@ -126,6 +173,10 @@ def test_another_format_or_version_is_refused_with_expected_and_found(changes: d
         {"parameters": 5},
         {"parameters": ["w"]},
         {"parameters": [{"name": "w", "shape": 3, "dtype": "float32"}]},
+        {"attempts": 1},
+        {"attempts": [{"number": 1}]},
+        {"attempts": [{**dataclasses.asdict(EXAMPLE.attempt), "colour": "red"}]},
+        {"buffers": 1},
         {"unrecorded_changes": 1},
     ],
     ids=str,

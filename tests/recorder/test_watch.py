@@ -7,7 +7,7 @@ import random
 import re
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import recorder
-from recorder import durable, runformat, segments, tensorfile
+from recorder import durable, growing, runformat, segments, tensorfile
 from recorder.errors import UsageError
+from recorder.lock import LOCK_FILE
+from recorder.manifest import MANIFEST_FILE, Manifest
 from recorder.parameters import UnmappedParameterWarning
 from recorder.recording import GRADIENT_NORMS, RecorderWarning, Recording
+from recorder.runfolder import BALLAST_FILE
 from recorder.runformat import Run
 from tests.cases import LanguageModelling, train
 
@@ -141,6 +144,7 @@ def test_the_steps_of_a_finished_segment_are_on_disk_while_the_training_still_ru
 
     def look(rec: Recording, step: int) -> None:
         if step:
+            rec.flush()  # writing goes on beside the training
             run = Run(tmp_path / "run")
             states.append((run.manifest.state, run.steps))
 
@@ -166,8 +170,8 @@ def test_a_segment_under_another_segments_name_is_refused(tmp_path: Path) -> Non
     model = perceptron()
     record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=2, segment_steps=2)
     file = segments.segment_file(tmp_path / "run", 0, 2)
-    file.rename(file.with_name("00000002-00000004.safetensors"))
-    with pytest.raises(ValueError, match=r"found steps 0 to 1; was it renamed\?"):
+    file.rename(file.with_name("001-00000002-00000004.safetensors"))
+    with pytest.raises(ValueError, match=r"found attempt 1, steps 0 to 1, process 0; was it renamed\?"):
         Run(tmp_path / "run").parameters(2)
 
 
@@ -401,7 +405,7 @@ def test_untrained_frozen_and_tied_tensors_are_recorded_once(tmp_path: Path) -> 
     for name in untrained:
         assert_equal(run.untrained()[name], initial[name])
     stored = tensorfile.TensorFile(segments.segment_file(run.path, 0, 3)).names
-    names = {name.split("/", 2)[2] for name in stored if name.startswith("parameters/00000001/")}
+    names = {name.split("/", 2)[2] for name in stored if name.startswith("parameters/00000000/")}
     assert names == {"trunk.weight", "trunk.bias", "tied.bias"}  # the tied weight under its first name only
     (trunk,) = (parameter for parameter in run.manifest.parameters if parameter.name == "trunk.weight")
     assert trunk.aliases == ("tied.weight",)
@@ -463,13 +467,19 @@ def test_parameters_outside_any_naming_rule_are_named_once_at_the_end(tmp_path: 
     assert str(warning.message).endswith("component 'other': trunk.weight, trunk.bias, tied.bias")
 
 
-def test_buffers_that_training_changes_are_named(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+def test_buffers_that_training_changes_only_after_its_first_step_are_named(tmp_path: Path) -> None:
+    model = perceptron()
     model.register_buffer("constant", torch.tensor([1.0, float("nan")]))  # NaN is no change
-    with pytest.warns(RecorderWarning, match=r"1\.running_mean, 1\.running_var change in training.*cannot be replayed"):
-        record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=2)
-    expected = ("1.num_batches_tracked", "1.running_mean", "1.running_var")
-    assert Run(tmp_path / "run").manifest.unrecorded_changes == expected
+    model.register_buffer("late", torch.zeros(2))
+
+    def change(rec: Recording, step: int) -> None:
+        if step == 1:
+            model.late.add_(1)
+
+    with pytest.warns(RecorderWarning, match=r"late change in training.*cannot be replayed"):
+        record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=2, before=change)
+    assert Run(tmp_path / "run").manifest.buffers == ()
+    assert Run(tmp_path / "run").manifest.unrecorded_changes == ("late",)
     other = perceptron()
     record(tmp_path / "other", other, SGD(other.parameters(), lr=0.1), steps=2)
     assert Run(tmp_path / "other").manifest.unrecorded_changes == ()
@@ -511,7 +521,7 @@ def test_a_fresh_optimizer_has_no_state_file(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     assert run.manifest.optimizer.fresh
     assert run.optimizer_state() is None
-    assert not (run.path / runformat.OPTIMIZER_FILE).exists()
+    assert not (run.path / runformat.optimizer_file(1)).exists()
 
 
 # --- When something goes wrong --------------------------------------------------------------------------------------
@@ -556,7 +566,7 @@ def test_strict_raises_the_recorders_own_errors_and_keeps_the_steps_before(tmp_p
     with pytest.raises(UsageError, match="step 1 had no micro-batch"):
         training()
     run = Run(tmp_path / "run")
-    assert run.manifest.state == "incomplete: training ended with UsageError"
+    assert run.manifest.state.startswith("incomplete: UsageError at step 1: step 1 had no micro-batch")
     assert run.steps == [0]
 
 
@@ -569,16 +579,25 @@ def test_a_loss_before_any_micro_batch_is_a_mistake(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["segments", "every file"])
-def test_a_full_disk_warns_the_training_goes_on_and_earlier_segments_stay(
+def test_a_full_disk_warns_the_training_goes_on_and_earlier_steps_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    def full(*args: Any) -> None:
+    write_all = growing._write_all
+
+    def full(descriptor: int, bodies: Iterable[bytes | memoryview], offset: int | None = None) -> None:
+        if offset != 0:  # the room for the header was taken before the disk was full
+            raise OSError(28, "No space left on device")
+        write_all(descriptor, bodies, offset)
+
+    def full_for_every_file(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     def fill_the_disk(rec: Recording, step: int) -> None:
         if step == 3:
-            target = "recorder.recording.write_segment" if failing == "segments" else "recorder.durable.write"
-            monkeypatch.setattr(target, full)
+            rec.flush()
+            monkeypatch.setattr(growing, "_write_all", full)
+            if failing == "every file":
+                monkeypatch.setattr(durable, "write", full_for_every_file)
 
     model, twin = perceptron(), perceptron()
     with pytest.warns(RecorderWarning, match=r"OSError.*No space left on device.*goes on unrecorded"):
@@ -588,12 +607,61 @@ def test_a_full_disk_warns_the_training_goes_on_and_earlier_segments_stay(
     monkeypatch.undo()
     assert_equal(seen, record(tmp_path / "twin", twin, SGD(twin.parameters(), lr=0.1), steps=7))
     run = Run(tmp_path / "run")
-    assert run.steps == [0, 1]
-    for t in range(3):
+    assert run.segments == [(0, 2), (2, 3)]
+    for t in range(4):
         assert_equal(run.parameters(t), seen[t])
-    expected = "incomplete: OSError at step 4: [Errno 28] No space left on device"
+    expected = "incomplete: OSError at step 3: [Errno 28] No space left on device"
     assert run.manifest.state == (expected if failing == "segments" else "recording")
-    assert [path.name for path in run.path.rglob("*.partial")] == []
+    left = {path.name for path in run.path.rglob(".*")}
+    assert left <= {LOCK_FILE}
+
+
+def test_space_kept_for_it_lets_the_manifest_say_that_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = durable.write
+
+    def full_but_for_the_ballast(path: Path, body: Callable[[Any], object]) -> None:
+        if (tmp_path / "run" / BALLAST_FILE).exists():
+            raise OSError(28, "No space left on device")
+        write(path, body)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def fill_the_disk(rec: Recording, step: int) -> None:
+        if step == 1:
+            rec.flush()
+            manifest_bytes = (tmp_path / "run" / MANIFEST_FILE).stat().st_size
+            assert (tmp_path / "run" / BALLAST_FILE).stat().st_size >= 2 * manifest_bytes
+            monkeypatch.setattr(growing, "_write_all", full)
+            monkeypatch.setattr(durable, "write", full_but_for_the_ballast)
+
+    model = perceptron()
+    with pytest.warns(RecorderWarning, match="No space left on device"):
+        record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=4, before=fill_the_disk)
+    assert Manifest.read(tmp_path / "run").state == "incomplete: OSError at step 1: [Errno 28] No space left on device"
+
+
+def test_a_step_that_cannot_be_put_together_ends_the_recording_and_not_the_training(tmp_path: Path) -> None:
+    model, twin = perceptron(), perceptron()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    steps = 80  # more than can wait to be written
+
+    def training() -> None:
+        with recorder.watch(model, optimizer, run=tmp_path / "run", segment_steps=2) as rec:
+            for step in range(steps):
+                rec.batch([step])
+                rec.loss(torch.ones(1 + step // 2), 5)  # one number is needed, where the step is written
+                forward_and_backward(model, step)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.warns(RecorderWarning, match="Error at step 2: .* converted to .* goes on unrecorded"):
+        training()
+    seen = record(tmp_path / "twin", twin, SGD(twin.parameters(), lr=0.1), steps=steps)
+    assert_equal(parameters(model), seen[-1])
+    assert Run(tmp_path / "run").steps == [0, 1]
 
 
 def test_a_batch_that_no_file_can_hold_costs_the_recording_and_not_the_training(tmp_path: Path) -> None:
@@ -611,7 +679,7 @@ def test_a_batch_that_no_file_can_hold_costs_the_recording_and_not_the_training(
         training()
     run = Run(tmp_path / "run")
     assert run.steps == [0]
-    assert run.manifest.state.startswith("incomplete: FormatError at step 2")
+    assert run.manifest.state.startswith("incomplete: FormatError at step 1")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -654,15 +722,24 @@ def test_after_the_recording_the_optimizer_steps_on_and_holds_nothing_of_it(tmp_
     assert alive() is None  # a hook left behind would hold it, and its copies of the parameters
 
 
-@pytest.mark.parametrize("content", ["manifest.json", "sub/thing.txt"])
-def test_a_folder_that_holds_anything_is_refused_and_left_untouched(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("manifest.json", r"manifest\.json: cannot be read as JSON"),
+        ("sub/thing.txt", "is not empty and holds no run; nothing is overwritten"),
+        ("segments/001-00000000-00000001.safetensors", "is not empty and holds no run; nothing is overwritten"),
+    ],
+)
+def test_a_folder_that_holds_anything_but_a_run_is_refused_and_left_untouched(
+    tmp_path: Path, content: str, message: str
+) -> None:
     file = tmp_path / content
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
     model = perceptron()
-    with pytest.raises(UsageError, match="is not empty; a run is never overwritten"):
+    with pytest.raises(ValueError, match=message):
         recorder.watch(model, SGD(model.parameters(), lr=0.1), run=tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != LOCK_FILE] == [file]
     assert file.read_text() == "mine"
 
 
@@ -676,8 +753,12 @@ def test_a_folder_with_only_a_killed_writers_leftover_is_as_good_as_empty(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batches": "all"}, "batches is 'tensors' or 'indices', not 'all'"),
+        ({"batches": "all"}, "batches is 'store' or 'indices', not 'all'"),
         ({"segment_steps": 0}, "segment_steps is at least 1, not 0"),
+        ({"quota": 0}, "quota is at least 1, not 0"),
+        ({"steps": "5:5"}, "wrong choice of steps: expected STOP above START"),
+        ({"parameters": ["nothing.*"]}, "nothing"),
+        ({"parameters": ["!*"]}, "leaves out every parameter"),
         ({"run": "file/run"}, "the run folder .* cannot be made: Not a directory"),
     ],
 )
@@ -711,7 +792,7 @@ def test_a_steps_damage_is_found_when_it_is_read_and_the_rest_is_readable(tmp_pa
     file.write_bytes(file.read_bytes()[:-1])
     run = Run(tmp_path / "run")
     assert_equal(run.parameters(2), seen[2])  # the end of the segment before
-    with pytest.raises(ValueError, match=r"00000002-00000004\.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"001-00000002-00000004\.safetensors: not a whole safetensors file"):
         run.parameters(3)
     assert_equal(run.parameters(1), seen[1])
 

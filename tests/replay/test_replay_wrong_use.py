@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from recorder.manifest import Manifest
 from recorder.segments import segment_file
 from replay.__main__ import main
 from tests.replay.variants import HERE
@@ -114,8 +115,7 @@ def test_cuda_where_there_is_none(run: Path, monkeypatch: pytest.MonkeyPatch, co
 
 
 def test_a_run_with_unrecorded_changes(run: Path, complain: Callable[..., str]) -> None:
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps({**manifest, "unrecorded_changes": ["norm.running_mean"]}))
+    dataclasses.replace(Manifest.read(run), unrecorded_changes=("norm.running_mean",)).write(run)
     complaint = complain("--run", str(run), *WORKLOAD)
     assert complaint.startswith(f"{run}: norm.running_mean changed in training although no step records them: buffers")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from recorder.errors import MismatchError
 from recorder.loading import load_workload
+from recorder.manifest import Manifest
 from recorder.runformat import Run
 from replay.selfcheck import Report, check_update
 from tests import cases
@@ -29,10 +29,9 @@ def _check(run: Path, workload: str = "recorded", *, data: bool = True) -> Repor
 
 
 def _edit_manifest(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    file = run / "manifest.json"
-    document = json.loads(file.read_text())
+    document = Manifest.read(run).to_dict()
     change(document)
-    file.write_text(json.dumps(document))
+    Manifest.from_dict(document, str(run)).write(run)
 
 
 BIT_FOR_BIT = "losses and parameters are the recorded ones, bit for bit"

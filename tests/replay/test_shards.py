@@ -71,7 +71,7 @@ def _shard(start: int, stop: int) -> Shard:
 def made(tmp_path: Path) -> ShardFolder:
     folder = ShardFolder.create(tmp_path, SETTINGS, PARAMETERS, PROVENANCE)
     folder.write(0, 8, _shard(0, 8))
-    folder.write(8, 11, _shard(8, 11))
+    folder.write(8, 11, _shard(8, 11), [(1, 8, 10), (2, 10, 11)])
     return folder
 
 
@@ -104,6 +104,7 @@ def test_a_reader_that_knows_only_the_format_page_reads_a_shard(made: ShardFolde
         "settings": SETTINGS.hash,
         "start": 8,
         "stop": 11,
+        "attempts": [[1, 8, 10], [2, 10, 11]],
     }
     kinds = {"F64": "<f8", "I64": "<i8", "U8": "u1"}
     arrays = {}

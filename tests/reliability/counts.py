@@ -1,0 +1,45 @@
+"""How often each promise is put to the test: few times in the test suite, as often as promised by `make reliability`."""
+
+from __future__ import annotations
+
+import os
+
+FULL = os.environ.get("LOSSLEDGER_RELIABILITY") == "full"
+SEED = int(os.environ.get("LOSSLEDGER_RELIABILITY_SEED", "0"))
+
+
+def _count(few: int, full: int) -> int:
+    return full if FULL else few
+
+
+KILLS = _count(48, 1002)
+"""SIGKILLs of a training at random moments; a multiple of the six trainings."""
+
+KILLED_CALLS = _count(36, 10_000)
+"""System calls that a commit is killed at; the full number is more than there are."""
+
+DISK_SIZES = _count(8, 64)
+"""Sizes of a disk that a run fills."""
+
+FAILING_CALLS = _count(40, 10_000)
+"""Calls to the operating system that a recording is refused; the full number is more than there are."""
+
+ALL_CONFIGURATIONS = FULL
+"""Whether the observer effect is looked for in all 48 configurations, and not in 12."""
+
+PREEMPTIONS = _count(18, 200)
+"""Kills of a training that is restarted from its last checkpoint."""
+
+WRITERS = _count(10, 100)
+"""Times that two recorders meet on one folder."""
+
+STEPS = _count(3_000, 100_000)
+"""Steps of the long recording."""
+
+BIT_FLIPS = _count(1_500, 10**9)
+TRUNCATIONS = _count(400, 10**9)
+SWAPS = _count(20, 10**9)
+"""Damages done to a small run; the full numbers are more than there are."""
+
+SEGMENTS = _count(8, 100)
+"""Segments of a run, each of which is damaged once."""

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import collections
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from recorder import recovery
+from recorder.manifest import MANIFEST_FILE
+from tests.reliability.conftest import Promise
+from tests.reliability.counts import FULL, KILLED_CALLS, SEED
+from tests.reliability.trainings import Oracle, assert_prefix, expected_states, train, train_inline, train_threaded
+from tests.reliability.warm import WarmProcess
+
+_CALLS = (
+    "openat write pwrite64 fsync ftruncate close rename renameat renameat2 unlink unlinkat mkdir mkdirat "
+    "chmod fchmod fchmodat flock"
+).split()
+_ALL = ",".join(f"?{call}" for call in _CALLS)  # not every system has them all
+_STEPS = 5
+
+
+def _strace_works() -> bool:
+    strace = shutil.which("strace")
+    return bool(strace) and not subprocess.run([strace, "-o", os.devnull, "true"], check=False, capture_output=True).returncode
+
+
+pytestmark = pytest.mark.skipif(not _strace_works(), reason="strace is not installed, or may not trace here")
+
+
+@contextmanager
+def _traced(pid: int, *options: str) -> Iterator[None]:
+    """Let strace hold a process that has stopped itself, and the process go on."""
+    _until(lambda: re.search(r"^State:\s+T", _status(pid), re.MULTILINE))
+    strace = subprocess.Popen(["strace", "-p", str(pid), *options], stderr=subprocess.DEVNULL)
+    _until(lambda: not re.search(r"^TracerPid:\s+0$", _status(pid), re.MULTILINE))
+    os.kill(pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        strace.wait()
+
+
+def _status(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text()
+
+
+def _until(reached: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def _calls_of_a_commit(warm: WarmProcess, folder: Path, first_step: int) -> collections.Counter[str]:
+    trace = folder / "trace"
+    pid = warm.start(train_inline, folder / "run", folder / "oracle", first_step, _STEPS)
+    with _traced(pid, "-e", f"trace={_ALL}", "-o", str(trace)):
+        assert warm.wait(pid) == 0, warm.log()
+    return collections.Counter(re.findall(r"^(\w+)\(", trace.read_text(), re.MULTILINE))
+
+
+def _begin(warm: WarmProcess, folder: Path, first_step: int) -> None:
+    folder.mkdir(exist_ok=True)
+    if first_step:
+        warm.run(train, folder / "run", folder / "oracle", "adam", "float32", 0, first_step, 2)
+
+
+@pytest.mark.parametrize("first_step", [0, 3], ids=["a new run", "an append"])
+def test_a_kill_at_any_system_call_leaves_every_safe_step_and_only_whole_ones(
+    tmp_path: Path, promise: Promise, warm: WarmProcess, first_step: int
+) -> None:
+    states = expected_states("adam", "float32", _STEPS)
+    begun = tmp_path / "begun"
+    _begin(warm, begun, first_step)
+    counted = tmp_path / "counted"
+    shutil.copytree(begun, counted)
+    calls = _calls_of_a_commit(warm, counted, first_step)
+    assert {"openat", "fsync", "pwrite64", "flock"} <= set(calls)
+    points = [(call, number) for call, times in sorted(calls.items()) for number in range(1, times + 1)]
+    if len(points) > KILLED_CALLS:
+        points = random.Random(SEED).sample(points, KILLED_CALLS)
+    with promise("R2", SEED) as tally:
+        for call, number in points:
+            with tally.case(f"{call} {number}"):
+                folder = tmp_path / "killed"
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(begun, folder)
+                pid = warm.start(train_inline, folder / "run", folder / "oracle", first_step, _STEPS)
+                with _traced(
+                    pid, "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}", "-o", os.devnull
+                ):
+                    assert warm.wait(pid) == -signal.SIGKILL, warm.log()
+                _assert_safe(folder, states)
+
+
+@pytest.mark.skipif(not FULL, reason="counted by `make reliability` alone: the threads' calls come in any order")
+def test_a_kill_at_any_system_call_of_either_thread_leaves_every_safe_step(
+    tmp_path: Path, promise: Promise, warm: WarmProcess
+) -> None:
+    states = expected_states("adam", "float32", _STEPS)
+    folder = tmp_path / "killed"
+    with promise("R2", SEED) as tally:
+        for call in ("openat", "write", "pwrite64", "fsync", "close", "unlink", "rename", "ftruncate"):
+            for number in range(1, 1000):
+                killed = True
+                with tally.case(f"{call} {number}"):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                    pid = warm.start(train_threaded, folder / "run", folder / "oracle", 0, _STEPS)
+                    inject = f"inject={call}:signal=SIGKILL:when={number}"
+                    with _traced(pid, "-f", "-e", f"trace={call}", "-e", inject, "-o", os.devnull):
+                        killed = warm.wait(pid) == -signal.SIGKILL
+                    _assert_safe(folder, states)
+                if not killed:
+                    break
+
+
+def _assert_safe(folder: Path, states: list[str]) -> None:
+    safe = Oracle.read(folder / "oracle")
+    run = folder / "run"
+    if not (run / MANIFEST_FILE).exists():
+        assert not safe
+        return
+    recovery.recover(run)
+    assert_prefix(run, states, safe)
