@@ -100,12 +100,16 @@ def _size(text: str) -> int:
 
 def _fairseq_train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from recorder.integrations.fairseq_train import train
+    from recorder.processes import this_process
 
     settings = {
         name: getattr(options, f"record_{name}")
         for name in ("batches", "steps", "parameters", "quota", "segment_steps")
     }
     train(options.record_dir, arguments, settings)
+    rank, _ = this_process()
+    if rank:
+        return commandline.DONE
     if not (options.record_dir / MANIFEST_FILE).exists():
         commandline.say(f"{PROGRAM}: the training made no update; {options.record_dir} holds nothing")
         return commandline.FAILED

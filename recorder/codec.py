@@ -42,7 +42,8 @@ _FIELD_HEADER = struct.Struct("<BBI")  # bits, storage, bytes
 _RAW, _ZSTD = 0, 1
 
 # Residuals have no repetitions to find, only frequent values: the smallest table and the longest match make zstd a
-# fast Huffman coder. Above 97 % of its size in a trial, a field is noise and not worth the time.
+# fast Huffman coder. Above 97 % of its size in a trial, a field is noise and not worth the time; short fields, whose
+# trial would be all header, are compressed at once.
 _ZSTD_PARAMETERS: Final = zstandard.ZstdCompressionParameters(
     window_log=18,
     hash_log=6,
@@ -52,6 +53,7 @@ _ZSTD_PARAMETERS: Final = zstandard.ZstdCompressionParameters(
     target_length=0,
     strategy=zstandard.STRATEGY_FAST,
 )
+_TRIAL_FROM = 1 << 15
 _TRIAL_STRIDE = 15
 _NOISE = 0.97
 
@@ -232,6 +234,8 @@ class StepCoder:
         return start + length
 
     def _is_noise(self, field: npt.NDArray[np.uint8]) -> bool:
+        if field.size < _TRIAL_FROM:
+            return False
         trial = np.ascontiguousarray(field[::_TRIAL_STRIDE])
         return len(self._compressor.compress(trial.data)) > _NOISE * trial.size
 
@@ -296,19 +300,19 @@ def _check(holds: bool, otherwise: str) -> None:
         raise _MalformedError(otherwise)
 
 
-def _widths(bits: int, magnitude: float) -> Iterator[int]:
+def _widths(bits: int, magnitude: float) -> list[int]:
     # The bits of the fields, lowest first. Residuals of two bits or so pair up to symbols that Huffman codes fill well;
     # larger ones have their magnitude in one field of 8 bits, noise below it and rarely anything above.
     if magnitude < _PAIRED_BELOW:
         widths = [4]
     else:
-        noise = min(max(int((magnitude - 1) // 4), 0) * 4, bits - 8)
+        noise = min(max(int((magnitude - 0.5) // 4), 0) * 4, bits - 8)
         widths = [8] * (noise // 8) + [4] * (noise % 8 // 4) + [8]
     rest = bits - sum(widths)
     if rest:
         widths += [4] if rest % 8 else [4, 4]
     widths += [8] * ((bits - sum(widths)) // 8)
-    return iter(widths)
+    return widths
 
 
 def _field_length(entries: int, width: int) -> int:

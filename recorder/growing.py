@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -107,9 +108,13 @@ class GrowingTensorFile:
             os.close(self._data)
             self._partial.unlink()
             raise
-        # The room is taken now, so that a disk that fills up later still takes the header.
-        _write_all(self._data, [b" " * self._data_start], 0)
-        _write_all(self._lines, [_line({"data_start": self._data_start})])
+        try:
+            # The room is taken now, so that a disk that fills up later still takes the header.
+            _write_all(self._data, [b" " * self._data_start], 0)
+            _write_all(self._lines, [_line({"data_start": self._data_start})])
+        except OSError:
+            self.discard()
+            raise
 
     @property
     def bytes(self) -> int:
@@ -139,7 +144,14 @@ class GrowingTensorFile:
         _write_all(self._data, bodies.values(), self._data_start + self._end)
         _write_all(self._lines, [_line(dataclasses.asdict(added))])
         self._keep(added, end)
+        self._hand_to_disk()
         return True
+
+    def _hand_to_disk(self) -> None:
+        # The system begins to write what was appended, and lets go of what the disk has: so memory stays free for the
+        # training and the next append finds warm pages (new ones cost ten times the time), and `seal` waits for little.
+        if sys.platform == "linux":
+            os.posix_fadvise(self._data, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _keep(self, added: Append, end: int) -> None:
         self.appends.append(added)

@@ -65,6 +65,35 @@ def in_first(action: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return]
 
 
+def in_all(action: Callable[[], T]) -> T:
+    """Do something in every process; where it fails in one, it fails in all.
+
+    Parameters
+    ----------
+    action
+        What to do.
+
+    Returns
+    -------
+    object
+        What it returned in this process.
+
+    Raises
+    ------
+    UsageError
+        If an error of lossledger's own ended it in any process.
+    """
+    result, problem = None, ""
+    try:
+        result = action()
+    except LossledgerError as error:
+        problem = str(error)
+    told = [f"process {rank}: {text}" for rank, text in enumerate(from_all(problem)) if text]
+    if told:
+        raise UsageError("; ".join(told))
+    return result  # type: ignore[return-value]
+
+
 def from_all(value: str) -> list[str]:
     """Tell all processes a text, and hear theirs.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from recorder import pending
 from recorder.errors import JoinError, UsageError
 from recorder.estimate import describe_cost
 from recorder.layout import BUFFERS, PARAMETERS, Layout, Slot
+from recorder.lock import RunLock
 from recorder.modelbuffers import ModelBuffers
 from recorder.parameters import warn_of_unmapped
 from recorder.pending import Announced
@@ -93,6 +95,7 @@ class Recording:
         optimizer: Optimizer,
         folder: RunFolder | None,
         *,
+        lock: RunLock | None,
         run: Path,
         steps: StepSelection,
         batches: Batches,
@@ -106,6 +109,7 @@ class Recording:
         self._watched = watched
         self._buffers = buffers
         self._folder = folder
+        self._lock = lock
         self._steps = steps
         self._store_tensors = batches == "store"
         self._quota = quota
@@ -116,6 +120,8 @@ class Recording:
         self._rank, self._processes = this_process()
         self._meets = self._processes > 1
         self._pending: list[Announced] = []
+        self._doubted = 0
+        self._autocast: str | None = None
         self._announced_unkept = False
         self._writer: BackgroundWriter | None = None
         self._staging: Staging | None = None
@@ -124,6 +130,7 @@ class Recording:
         self._learning_rates: tuple[float, ...] = ()
         self._gradient_norm: float | None = None
         self._gradient_norms_left = GRADIENT_NORMS
+        self._process = os.getpid()
         self._hooks = [
             optimizer.register_step_pre_hook(self._enter_step),
             optimizer.register_step_post_hook(self._leave_step),
@@ -159,12 +166,21 @@ class Recording:
         if not self._steps.keeps(self._next_step):
             self._announced_unkept = True
             return
-        if self._pending and self._watched.gradients_dropped():
-            # A gradient scaler skipped the update that they were for, and no hook told.
-            self._pending.clear()
+        self._autocast = self._watched.autocast() or self._autocast
+        if self._pending and self._watched.backward_seen:
+            self._doubt_pending()
         if not self._pending and self._staged != self._next_step:
             self._buffers.keep()
+        self._watched.backward_seen = False
         self._pending.append(Announced.of(indices, batch, self._watched.random_state()))
+
+    def _doubt_pending(self) -> None:
+        # A gradient scaler may have skipped the update that they were for, and no hook tells. Then their gradients
+        # are gone, or, where the loop zeroes them only now, they are not finite and will be at the next step.
+        if self._watched.gradients_dropped():
+            self._pending.clear()
+        elif not self._watched.gradients_finite():
+            self._doubted = len(self._pending)
 
     @_harmless
     def loss(self, loss_sum: torch.Tensor | float, predictions: torch.Tensor | float) -> None:
@@ -187,12 +203,14 @@ class Recording:
         if not self._pending:
             message = "Recording.loss was called before Recording.batch announced a micro-batch"
             raise UsageError(message)
+        self._autocast = self._watched.autocast() or self._autocast
         self._pending[-1].loss_sum = pending.to_host(loss_sum)
         self._pending[-1].predictions = pending.to_host(predictions)
 
     def forget_pending(self) -> None:
         """Drop the micro-batches announced since the last step: the update they were for did not happen."""
         self._pending.clear()
+        self._doubted = 0
         self._announced_unkept = False
 
     @_harmless
@@ -212,11 +230,14 @@ class Recording:
         """
         for hook in self._hooks:
             hook.remove()
+        self._watched.release()
         atexit.unregister(self._close_at_exit)
         self._finish("complete" if interrupted is None else f"incomplete: {interrupted}")
         self._release()
 
     def _close_at_exit(self) -> None:
+        if os.getpid() != self._process:
+            return  # a forked child that ends; the recording is its parent's
         self.close("the program ended without closing the recording")
 
     @_harmless
@@ -273,6 +294,8 @@ class Recording:
         if self._folder is not None:
             self._folder.drop_ballast()
             self._folder.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _enter_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._watched.sharded or self._steps.keeps(self._next_step):
@@ -311,6 +334,11 @@ class Recording:
     def _before_step(self, optimizer: Optimizer) -> None:
         if not self._steps.keeps(self._next_step):
             return
+        if self._watched.skipped():
+            return
+        if self._doubted and self._watched.gradients_finite():
+            del self._pending[: self._doubted]
+        self._doubted = 0
         self._learning_rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
         if self._writer is None:
             self._begin()
@@ -340,7 +368,7 @@ class Recording:
     def _begin_attempt(self) -> tuple[str, int]:
         assert self._folder is not None
         self._settle()
-        manifest = self._folder.begin(self._watched, self._buffers, self._next_step)
+        manifest = self._folder.begin(self._watched, self._buffers, self._next_step, self._autocast)
         layout = self._layout()
         self._start_writer(manifest.run_id, manifest.attempt.number, layout)
         LOG.info("%s", describe_cost(layout, self._steps, self._next_step, self.run))

@@ -107,6 +107,8 @@ class RunFolder:
         refuse_what_is_no_run(path)
         self._lock = RunLock(path)
         try:
+            for folder in (path, path / TRAINER_FOLDER):
+                durable.sweep(folder)
             if (path / MANIFEST_FILE).exists():
                 self._take_up()
         except BaseException:
@@ -131,7 +133,7 @@ class RunFolder:
             )
             raise UsageError(message)
 
-    def begin(self, watched: Watched, buffers: ModelBuffers, step: int) -> Manifest:
+    def begin(self, watched: Watched, buffers: ModelBuffers, step: int, autocast: str | None) -> Manifest:
         """Write what is recorded once, just before the first step that is recorded.
 
         Parameters
@@ -142,6 +144,8 @@ class RunFolder:
             The model's buffers, settled.
         step
             That step: the first of the attempt, or the first of it that is selected.
+        autocast
+            The dtype that torch computes in, where it is another than the parameters'.
 
         Returns
         -------
@@ -167,6 +171,8 @@ class RunFolder:
         if replaces_all and state:
             runformat.write_optimizer_state(self.path, state, attempt.number)
         optimizer, recipe = watched.optimizer_facts(), current_recipe(watched.device)
+        if autocast is not None:
+            recipe = {**recipe, "autocast": autocast}
         if self._before is None:
             once = {"format": FORMAT, "version": VERSION, "kind": "untrained"}
             tensorfile.write(self.path / runformat.UNTRAINED_FILE, watched.copies(trained=False), once)
@@ -217,8 +223,21 @@ class RunFolder:
             except UsageError:
                 held = describe_ranges(before.consecutive)
                 joined = f"not verified: the run holds no parameters of step {t}, it holds {held}"
-        live = {**constant, **(watched.copies(trained=True) if recorded else {})}
-        self._refuse_other_parameters(live, {**once, **recorded})
+        # A checkpoint of 16-bit training may hold the model and not its masters, which then come back rounded. An
+        # untrained master may decay.
+        rounded = {row.name: getattr(torch, row.model_dtype) for row in watched.table if row.model_dtype}
+        live = {
+            **{name: tensor for name, tensor in constant.items() if name not in rounded},
+            **(watched.copies(trained=True) if recorded else {}),
+        }
+        known = {**once, **recorded}
+        if rounded:
+            joined = joined.replace("verified", "verified within the rounding of 16 bits") if recorded else joined
+            live, known = (
+                {name: tensor.to(rounded.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+                for tensors in (live, known)
+            )
+        self._refuse_other_parameters(live, known)
         return joined
 
     def _refuse_other_parameters(self, live: Mapping[str, torch.Tensor], recorded: Mapping[str, torch.Tensor]) -> None:
@@ -294,9 +313,16 @@ def refuse_what_is_no_run(path: Path) -> None:
     if not path.is_dir():
         message = f"{path} is a file; a run is a folder. Give another name"
         raise UsageError(message)
-    durable.sweep(path)
-    ours = {LOCK_FILE, BALLAST_FILE, SEGMENTS_FOLDER, TRAINER_FOLDER, runformat.UNTRAINED_FILE}
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+    # Nothing is removed before the folder is locked: it may be what another recorder is just writing.
+    once = {runformat.UNTRAINED_FILE, runformat.optimizer_file(1)}
+    ours = {LOCK_FILE, BALLAST_FILE, SEGMENTS_FOLDER, TRAINER_FOLDER, *once}
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in ours
+        and not entry.name.startswith(f"{LOCK_FILE}-")
+        and not (entry.name.startswith(".") and entry.name.endswith(durable.TEMPORARY_SUFFIX))
+    )
     segments = path / SEGMENTS_FOLDER
     if foreign or (segments.exists() and any(segments.iterdir())):
         message = (

@@ -242,7 +242,9 @@ class Segment:
         number = self.states[self._at + 1]
         out = self._layout.allocate()
         for dtype, size in self._layout.sizes.items():
-            coder = self._coders.setdefault(dtype, StepCoder(dtype, size))
+            if dtype not in self._coders:
+                self._coders[dtype] = StepCoder(dtype, size)
+            coder = self._coders[dtype]
             coded = self._file.array(f"coded/{number:08d}/{dtype}")
             before = None if self._before is None else bits(self._before[dtype])
             coder.decode(coded, bits(self._vectors[dtype]), before, bits(out[dtype]))

@@ -140,8 +140,11 @@ class SegmentWriter:
             "state": start if self._previous else None,
             "step": None,
         }
-        room = growing.header_bytes(keyframe, first)
-        room += int(self._steps_per_segment * _HEADER_MARGIN * (growing.header_bytes(tensors, row or {}) + 256))
+        # Where the selection jumps, both ends of a step are added.
+        coded = {f"coded/{start:08d}/{dtype}": np.empty(0, np.uint8) for dtype in layout.sizes}
+        of_step = growing.header_bytes(tensors, row or {})
+        of_step += 2 * growing.header_bytes(coded, {"state": start, "step": None})
+        room = growing.header_bytes(keyframe, first) + int(self._steps_per_segment * _HEADER_MARGIN * of_step)
         rank = f"-rank{self._facts['rank']}" if self._facts["rank"] else ""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = GrowingTensorFile(self._folder, f"{self._facts['attempt']:03d}-{start:08d}{rank}", room)
@@ -154,12 +157,17 @@ class SegmentWriter:
         if state is not None:
             assert self._previous is not None
             for dtype, vector in state.vectors.items():
-                coder = self._coders.setdefault((dtype, len(vector)), StepCoder(dtype, len(vector)))
+                coder = self._coder(dtype, len(vector))
                 before = None if self._before is None else bits(self._before.vectors[dtype])
                 body = coder.encode(bits(vector), bits(self._previous.vectors[dtype]), before)
                 coded[f"coded/{state.number:08d}/{dtype}"] = np.frombuffer(body, np.uint8)
         number = None if state is None else state.number
         return self._file.append({**coded, **tensors}, {"state": number, "step": row})
+
+    def _coder(self, dtype: str, size: int) -> StepCoder:
+        if (dtype, size) not in self._coders:
+            self._coders[dtype, size] = StepCoder(dtype, size)
+        return self._coders[dtype, size]
 
     def _rotate(self, state: State | None) -> None:
         if state is not None:
@@ -213,7 +221,10 @@ def seal_segment(folder: Path, file: GrowingTensorFile) -> SegmentName | None:
         return None
     facts = facts_of(rows)
     name = SegmentName(facts["attempt"], facts["start"], facts["stop"], facts["rank"])
-    file.seal(folder / name.file, facts)
+    try:
+        file.seal(folder / name.file, facts)
+    finally:
+        file.close()
     return name
 
 

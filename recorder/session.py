@@ -13,10 +13,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from recorder.errors import UsageError
+from recorder.lock import RunLock
 from recorder.manifest import Trainer
 from recorder.modelbuffers import ModelBuffers
 from recorder.patterns import select_names
-from recorder.processes import in_first
+from recorder.processes import in_all, in_first, this_process
 from recorder.recording import LOG, Batches, Recording
 from recorder.runfolder import RunFolder, Settings
 from recorder.selection import StepSelection
@@ -38,6 +39,7 @@ def watch(
     steps: str = "all",
     parameters: Sequence[str] = (),
     quota: int | None = None,
+    masters: Mapping[str, torch.Tensor] | None = None,
     first_step: int = 0,
     segment_steps: int | None = None,
     strict: bool = False,
@@ -78,6 +80,9 @@ def watch(
         default. What is left out must not change, or the run cannot be replayed.
     quota
         Bytes that the run's folder may have; before it would have more, recording ends and training goes on.
+    masters
+        In 16-bit training with float32 masters kept by the loop: parameter name to the tensor that the optimizer
+        updates, in the parameter's shape (a view of a flat one, too). They are recorded instead.
     first_step
         Number of updates made before.
     segment_steps
@@ -132,11 +137,8 @@ def watch(
     )
     kept = {name: tensor for name, tensor in model.named_parameters() if name not in left_out}
     refuse_what_cannot_be_gathered(model, optimizer, kept)
-    watched = Watched(model, optimizer, left_out=left_out)
-    folders: list[RunFolder] = []
-    # A refusal reaches every process; alone, the others would wait for this one in the training's next exchange.
-    in_first(lambda: folders.append(RunFolder(Path(run), settings, first_step)))
-    folder = folders[0] if folders else None
+    watched = Watched(model, optimizer, left_out=left_out, masters=masters)
+    folder, lock = _opened_together(Path(run), settings, first_step)
     if folder is not None and folder.recovered:
         LOG.info("recovered %s, which a killed training left in the making", folder.recovered)
     return Recording(
@@ -144,6 +146,7 @@ def watch(
         ModelBuffers(model),
         optimizer,
         folder,
+        lock=lock,
         run=Path(run),
         steps=selection,
         batches=batches,
@@ -152,3 +155,17 @@ def watch(
         segment_steps=segment_steps,
         strict=strict,
     )
+
+
+def _opened_together(run: Path, settings: Settings, first_step: int) -> tuple[RunFolder | None, RunLock | None]:
+    # A refusal reaches every process; alone, the others would wait for this one in the training's next exchange.
+    folders: list[RunFolder] = []
+    in_first(lambda: folders.append(RunFolder(run, settings, first_step)))
+    folder = folders[0] if folders else None
+    rank, _ = this_process()
+    try:
+        return folder, in_all(lambda: RunLock(run, rank) if rank else None)
+    except UsageError:
+        if folder is not None:
+            folder.release()
+        raise

@@ -51,6 +51,8 @@ class Watched:
         Whether parameters are spread over processes.
     unrecorded_changes : set of str
         Names of buffers and untrained parameters found changed so far.
+    backward_seen : bool
+        Whether a gradient has come in since this was last set to False.
     """
 
     def __init__(
@@ -78,6 +80,12 @@ class Watched:
         self._gathered: dict[str, torch.Tensor] = {}
         self._gathered_state: dict[int, dict[str, Any]] | None = None
         self.unrecorded_changes: set[str] = set()
+        self.backward_seen = False
+        self._hooks = [
+            tensor.register_post_accumulate_grad_hook(self._notice_backward)
+            for tensor in tensors.values()
+            if tensor.requires_grad
+        ]
 
     def settle_table(self, *, recorded_buffers: tuple[str, ...] = ()) -> None:
         """Find out, just before the first step, which parameters are trained, and remember what must not change.
@@ -118,6 +126,14 @@ class Watched:
                 for parameter in self.table
             )
         return bool(late)
+
+    def _notice_backward(self, tensor: torch.Tensor) -> None:
+        self.backward_seen = True
+
+    def release(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
 
     def live(self, *, trained: bool = True) -> dict[str, torch.Tensor]:
         """Give the tensors that are recorded with every step, or the others.
@@ -258,6 +274,8 @@ class Watched:
         bool
             Whether `unrecorded_changes` has grown.
         """
+        if not self._checksums:
+            return False  # nothing to compare with: no step yet, or nothing that no step records
         # An untrained master may decay: the loss of a parameter without a gradient does not depend on it.
         untrained = {parameter.name for parameter in self.table if parameter.status == "untrained"}
         decaying = self._ownership.with_master() & untrained

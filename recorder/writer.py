@@ -6,7 +6,9 @@ is kept for the training to find: what is whole by then is sealed, and whatever 
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from recorder.steps import Step
 
 LONGEST_QUEUE = 64
 """Steps of a process that records no parameters."""
+
+_NICENESS = 10
 
 
 class QuotaReached(Exception):  # noqa: N818 (no error: what the user asked for)
@@ -127,6 +131,7 @@ class BackgroundWriter:
             self._thread.join()
 
     def _write_on(self) -> None:
+        _give_way()
         while (task := self._work.get()) is not None:
             began = time.perf_counter()
             task()
@@ -135,3 +140,11 @@ class BackgroundWriter:
             self._segments.seal()
         except Exception as error:
             self.failure = self.failure or error
+
+
+def _give_way() -> None:
+    # On the cores it shares with the training, it gets what the training leaves: a thread of the training that is made
+    # to wait for a core makes all the others wait for it. Only Linux has a niceness for each thread.
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), int(os.environ.get("NICENESS", _NICENESS)))

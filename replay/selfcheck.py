@@ -2,7 +2,8 @@
 
 In training mode, with the recorded state of the random generators, from the first recorded step until the parameters
 have moved (the first update of a warm-up has learning rate 0). Within the recipe of the training the bits must agree;
-in another recipe, and where training computed in 16 bit, the losses must agree to rounding.
+in another recipe, where training computed in 16 bit, and where several processes shared an update, which one does again
+here, the losses must agree to rounding.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def check_update(run: Run, workload: Workload, *, data: bool) -> Report:
         same_recipe = current_recipe(device) == {key: value for key, value in recorded.items() if key != "autocast"}
         repeats = isinstance(workload, RepeatsUpdates)
         sixteen_bit = sixteen_bit_dtype(run.manifest)
-        exactly = same_recipe and repeats and sixteen_bit is None
+        exactly = same_recipe and repeats and sixteen_bit is None and _processes(run) == 1
         state = run.optimizer_state()
         theta = run.parameters(first.step)
         updates = (
@@ -134,6 +135,12 @@ def _describe(
     compared = [word for word, known in (("losses", known_losses), ("parameters", known_parameters)) if known]
     outcome = f"{' and '.join(compared)} are the recorded ones{how}" if compared else "nothing was compared"
     return f"{again}: {outcome}" + (f" ({'; '.join(not_compared)})" if not_compared else "")
+
+
+def _processes(run: Run) -> int:
+    # Of the attempt that recorded the first step.
+    number, _, _ = run.attempts[0]
+    return next(attempt.processes for attempt in run.manifest.attempts if attempt.number == number)
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -2,11 +2,15 @@
 
 fairseq's trainer is subclassed, not changed: the subclass opens the recording at the first update, announces every
 micro-batch that the criterion receives, and leaves the rest to the optimizer's hooks.
+
+Of several processes each does so. Those that fairseq starts itself import this module first of all, for they are told
+to call `distributed_main`, and with it comes what fairseq needs to be imported.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,18 +28,37 @@ from recorder.session import watch
 
 import fairseq_cli.train  # isort: skip (importable once the shim has run)
 from fairseq.data import data_utils  # isort: skip
+from fairseq.distributed import utils as distributed_utils  # isort: skip
 from fairseq.trainer import Trainer as FairseqTrainer  # isort: skip
 
 
-class _Session:
-    """The recording of the one training of this process, and how it is to be made."""
+_stock_main, _stock_distributed_main = fairseq_cli.train.main, distributed_utils.distributed_main
 
-    def __init__(self, run: Path, arguments: Sequence[str], settings: Mapping[str, Any], data: str) -> None:
-        self._run = run
-        self._arguments = tuple(arguments)
-        self._settings = settings
-        self._data = data
-        self.recording: Recording | None = None
+
+@dataclasses.dataclass(eq=False)
+class _Session:
+    """The recording of the one training of this process, and how it is to be made; it travels to the process."""
+
+    run: Path
+    arguments: tuple[str, ...]
+    settings: Mapping[str, Any]
+    data: str
+    recording: Recording | None = None
+    dummy: bool = False
+
+    def __call__(self, config: Any, **more: Any) -> None:
+        """Train and record: what fairseq calls in each process in place of its own ``main``."""
+        interrupted: str | None = "training ended with an error"
+        stock, fairseq_cli.train.Trainer = fairseq_cli.train.Trainer, _recorded_trainer(self)
+        try:
+            # A checkpoint to resume from holds its arguments as a Namespace, which torch.load refuses by default.
+            with quietly(), torch.serialization.safe_globals([argparse.Namespace]):
+                _stock_main(config, **more)
+            interrupted = None
+        finally:
+            fairseq_cli.train.Trainer = stock
+            if self.recording is not None:
+                self.recording.close(interrupted)
 
     def begin(self, trainer: FairseqTrainer) -> Recording:
         """Open the recording once the trainer has its model, its optimizer and its checkpoint.
@@ -53,14 +76,14 @@ class _Session:
         self.recording = watch(
             trainer.get_model(),
             trainer.optimizer.optimizer,
-            run=self._run,
+            run=self.run,
             first_step=trainer.get_num_updates(),
-            files=_dictionaries(self._data),
+            files=_dictionaries(self.data),
             trainer=Trainer(
-                name="fairseq", version=fairseq.__version__, arguments=self._arguments, directory=str(Path.cwd())
+                name="fairseq", version=fairseq.__version__, arguments=self.arguments, directory=str(Path.cwd())
             ),
-            **({"masters": masters} if (masters := fairseq_masters(trainer)) else {}),
-            **self._settings,
+            masters=fairseq_masters(trainer),
+            **self.settings,
         )
         trainer.criterion.register_forward_pre_hook(self._before_forward)
         trainer.criterion.register_forward_hook(self._after_forward)
@@ -69,12 +92,16 @@ class _Session:
     def _before_forward(self, criterion: Any, args: tuple[Any, ...]) -> None:
         if criterion.training and self.recording is not None:
             _, sample = args
-            self.recording.batch(sample.get("id", ()), sample)
+            if self.dummy:
+                self.recording.batch(())
+            else:
+                self.recording.batch(sample.get("id", ()), sample)
 
     def _after_forward(self, criterion: Any, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         if criterion.training and self.recording is not None:
             loss_sum, sample_size, _ = output
-            self.recording.loss(loss_sum.detach(), sample_size)
+            if not self.dummy:
+                self.recording.loss(loss_sum.detach(), sample_size)
 
 
 def _recorded_trainer(session: _Session) -> type[FairseqTrainer]:
@@ -90,6 +117,11 @@ def _recorded_trainer(session: _Session) -> type[FairseqTrainer]:
             recording.epoch = self.recorded_epoch
             recording.forget_pending()
             return super().train_step(samples, raise_oom)
+
+        def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> Any:
+            # A process that has no examples left runs those of its first batch again, and drops their gradient.
+            prepared, session.dummy = super()._prepare_sample(sample, is_dummy)
+            return prepared, session.dummy
 
         def save_checkpoint(self, filename: str, extra_state: Any) -> None:
             if session.recording is not None:
@@ -112,11 +144,21 @@ def _refuse_unsupported(config: Any) -> None:
             "updates are not recorded; train in float32, or with --fp16, --memory-efficient-fp16 or --amp"
         )
         raise UsageError(message)
-    workers = config.distributed_training.distributed_world_size
-    if workers > 1:
+    distributed = config.distributed_training
+    apart = {
+        "--ddp-backend fully_sharded": distributed.ddp_backend == "fully_sharded",
+        "--zero-sharding os": distributed.zero_sharding == "os",
+        "--pipeline-model-parallel": distributed.pipeline_model_parallel,
+        "--model-parallel-size": config.common.model_parallel_size > 1,
+        "--ddp-backend slowmo": distributed.ddp_backend == "slowmo",
+        "--use-bmuf": config.optimization.use_bmuf,
+    }
+    found = [flag for flag, given in apart.items() if given]
+    if found:
         message = (
-            f"this training would use {workers} processes; only one is recorded by this version. "
-            "Pass --distributed-world-size 1, or set CUDA_VISIBLE_DEVICES to one device"
+            f"{', '.join(found)}: no process of this training has all parameters and the optimizer's whole state, the "
+            "same as the others; it is not recorded. Train with --ddp-backend pytorch_ddp or legacy_ddp, without "
+            f"{', '.join(found)}"
         )
         raise UsageError(message)
 
@@ -155,17 +197,29 @@ def train(run: Path, arguments: Sequence[str], settings: Mapping[str, Any]) -> N
     _refuse_unsupported(config)
     recorded = [*arguments, *_inferred_languages(config)]
     refuse_what_is_no_run(run)
-    session = _Session(run, recorded, settings, config.task.data)
-    interrupted: str | None = "training ended with an error"
     argv, sys.argv = sys.argv, ["fairseq-train", *arguments]
-    stock, fairseq_cli.train.Trainer = fairseq_cli.train.Trainer, _recorded_trainer(session)
+    fairseq_cli.train.main = _Session(run, tuple(recorded), settings, config.task.data)
+    distributed_utils.distributed_main = distributed_main
     try:
-        # A checkpoint to resume from holds its arguments as a Namespace, which torch.load refuses by default.
-        with quietly(), torch.serialization.safe_globals([argparse.Namespace]):
+        with quietly():
             fairseq_cli.train.cli_main()
-        interrupted = None
     finally:
-        fairseq_cli.train.Trainer = stock
+        fairseq_cli.train.main, distributed_utils.distributed_main = _stock_main, _stock_distributed_main
         sys.argv = argv
-        if session.recording is not None:
-            session.recording.close(interrupted)
+
+
+def distributed_main(rank: int, main: Any, config: Any, more: dict[str, Any]) -> None:
+    """Do in one process of several what fairseq does: its own function, by a name that can be imported without it.
+
+    Parameters
+    ----------
+    rank
+        The process, among those of this machine.
+    main
+        What to call there.
+    config
+        fairseq's configuration.
+    more
+        Further arguments of `main`.
+    """
+    _stock_distributed_main(rank, main, config, more)

@@ -18,7 +18,7 @@ from recorder.errors import FormatError, UsageError
 from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq_config, quietly
 from recorder.integrations.fairseq_masters import fairseq_masters
 from recorder.manifest import Trainer
-from recorder.steps import Step
+from recorder.steps import MicroBatch, Step
 from recorder.workload import RepeatedUpdate
 
 from fairseq import tasks, utils  # isort: skip (importable once the shim has run)
@@ -50,6 +50,8 @@ class FairseqWorkload:
         self._data = data or self._config.task.data
         self._data_task: Any = None
         self._config.task.data = str(run / DICTIONARIES_FOLDER)
+        # The updates of several processes are done again in this one.
+        self._config.distributed_training.distributed_world_size = 1
         with quietly():
             self._task = tasks.setup_task(self._config.task)
             self._criterion = self._task.build_criterion(self._config.criterion)
@@ -212,12 +214,18 @@ class FairseqWorkload:
                 inner = trainer.optimizer.optimizer
                 trainer.optimizer.load_state_dict({**inner.state_dict(), "state": optimizer_state})
             losses: list[tuple[float, float]] = []
+            passes: list[MicroBatch] = []
+            # Every process draws from a generator of its own; --amp may go through all passes again.
+            trainer.criterion.register_forward_pre_hook(
+                lambda module, args: _set_random_state(passes[len(losses) % len(passes)], trainer.device)
+            )
             trainer.criterion.register_forward_hook(
                 lambda module, args, output: losses.append((float(output[0].detach()), float(output[1])))
             )
             for step in steps:
                 trainer.set_num_updates(step.step)
                 trainer.optimizer.set_lr(step.learning_rates[0])
+                passes[:] = step.micro_batches
                 samples = [self._sample(step, position) for position in range(len(step.micro_batches))]
                 for _ in range(MOST_TRIES):
                     losses.clear()
@@ -243,6 +251,12 @@ class FairseqWorkload:
         if micro_batch.stored:
             return micro_batch.batch()
         return self.batch(micro_batch.indices.tolist(), split="train", epoch=step.epoch)
+
+
+def _set_random_state(micro_batch: MicroBatch, device: torch.device) -> None:
+    torch.set_rng_state(micro_batch.random_state["rng_cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(micro_batch.random_state["rng_cuda"], device)
 
 
 def _permute_rows(sample: Any, order: torch.Tensor) -> Any:

@@ -176,7 +176,10 @@ def test_a_resumed_training_is_recorded_from_its_first_new_update_with_the_optim
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--bf16"], r"--tpu, which fairseq 0\.12\.2 takes --bf16 and --memory-efficient-bf16 to mean, needs torch_xla"),
+        (
+            ["--bf16"],
+            r"--tpu, which fairseq 0\.12\.2 takes --bf16 and --memory-efficient-bf16 to mean, needs torch_xla",
+        ),
         (["--distributed-world-size", "2"], r"this training would use 2 processes; only one is recorded"),
         (["--arch", "no_such_model"], r"fairseq refuses these arguments \(its own message stands above\)"),
     ],

@@ -179,7 +179,7 @@ def test_a_recovered_file_can_grow_on(tmp_path: Path) -> None:
 
 
 def test_bytes_written_before_a_kill_and_not_in_the_journal_are_cut_off(tmp_path: Path) -> None:
-    data, journal = killed(tmp_path)
+    _, journal = killed(tmp_path)
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:2]))
     assert recovered(tmp_path) == [APPENDS[0][1]]

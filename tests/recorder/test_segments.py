@@ -34,27 +34,27 @@ SLOTS = (
 LAYOUT = Layout(SLOTS)
 
 
-class Theta(State):
-    """A state that tells whether its memory was given back."""
+class Theta:
+    """Random tensors of a layout, and how often the writer gave their memory back."""
 
     def __init__(self, number: int, layout: Layout = LAYOUT, *, seed: int | None = None) -> None:
         generator = torch.Generator().manual_seed(number if seed is None else seed)
-        self.released = 0
         vectors = {}
         for dtype, size in layout.sizes.items():
             kind = getattr(torch, dtype)
             drawn = torch.rand(size, generator=generator)
             vectors[dtype] = drawn < 0.5 if kind is torch.bool else (100 * drawn).to(kind)
-        super().__init__(number, layout, vectors, self._release)
+        self.released = 0
+        self.number = number
+        self.state = State(number, layout, vectors, self._release)
 
     def _release(self) -> None:
         self.released += 1
 
     def tensors(self, kind: str) -> dict[str, torch.Tensor]:
-        views = self.layout.views(self.vectors)
-        return {
-            slot.name: view.clone() for slot, view in zip(self.layout.slots, views, strict=True) if slot.kind == kind
-        }
+        slots = self.state.layout.slots
+        views = self.state.layout.views(self.state.vectors)
+        return {slot.name: view.clone() for slot, view in zip(slots, views, strict=True) if slot.kind == kind}
 
 
 def step(number: int, **micro_batch: Any) -> Step:
@@ -62,16 +62,19 @@ def step(number: int, **micro_batch: Any) -> Step:
     return Step(step=number, epoch=1, seed=0, learning_rates=(0.1,), micro_batches=micro_batches)
 
 
-def write(run: Path, thetas: Sequence[State], *, steps_per_segment: int = 64, rank: int = 0) -> SegmentWriter:
+def write(run: Path, states: Sequence[State], *, steps_per_segment: int = 64) -> None:
     """Write states; between two neighbours stands the step that leads from one to the other."""
-    writer = SegmentWriter(run, RUN_ID, 1, rank, steps_per_segment)
+    writer = SegmentWriter(run, RUN_ID, 1, 0, steps_per_segment)
     last = None
-    for theta in thetas:
-        follows = last is not None and theta.number == last.number + 1 and theta.layout == last.layout
-        writer.add(theta, step(theta.number - 1) if follows else None)
-        last = theta
+    for state in states:
+        follows = last is not None and state.number == last.number + 1 and state.layout == last.layout
+        writer.add(state, step(state.number - 1) if follows else None)
+        last = state
     writer.seal()
-    return writer
+
+
+def states(thetas: Sequence[Theta]) -> list[State]:
+    return [theta.state for theta in thetas]
 
 
 def opened(run: Path) -> list[Segment]:
@@ -97,7 +100,7 @@ def assert_holds(segment: Segment, theta: Theta) -> None:
 @pytest.mark.parametrize("steps_per_segment", [1, 3, 64])
 def test_every_theta_comes_back_with_its_dtypes_shapes_and_very_bits(tmp_path: Path, steps_per_segment: int) -> None:
     thetas = [Theta(number) for number in range(9)]
-    write(tmp_path, thetas, steps_per_segment=steps_per_segment)
+    write(tmp_path, states(thetas), steps_per_segment=steps_per_segment)
     read = set()
     for segment in opened(tmp_path):
         assert segment.states == tuple(range(segment.name.start, segment.name.stop + 1))
@@ -111,11 +114,13 @@ def test_every_theta_comes_back_with_its_dtypes_shapes_and_very_bits(tmp_path: P
 def test_bits_that_are_no_numbers_come_back_too(tmp_path: Path) -> None:
     layout = Layout((Slot(PARAMETERS, "w", "float32", (4,)),))
     patterns = [[0x7FC00001, 0xFFC12345, 0x80000000, 0], [0x7F800000, 0xFF800000, 0, 0x80000000], [1, 2, 3, 4]]
-    states = [
-        State(number, layout, {"float32": torch.tensor(bits, dtype=torch.uint32).view(torch.float32)})
-        for number, bits in enumerate(patterns)
-    ]
-    write(tmp_path, states)
+    write(
+        tmp_path,
+        [
+            State(number, layout, {"float32": torch.tensor(bits, dtype=torch.uint32).view(torch.float32)})
+            for number, bits in enumerate(patterns)
+        ],
+    )
     (segment,) = opened(tmp_path)
     assert [segment.parameters(t)["w"].view(torch.uint32).tolist() for t in range(3)] == patterns
 
@@ -126,7 +131,7 @@ def test_any_three_thetas_come_back(seed: int, size: int, dtype: str, tmp_path_f
     layout = Layout((Slot(PARAMETERS, "w", dtype, (size,)), Slot(BUFFERS, "n", "int64", (size,))))
     thetas = [Theta(number, layout, seed=seed + number) for number in range(3)]
     run = tmp_path_factory.mktemp("run")
-    write(run, thetas)
+    write(run, states(thetas))
     (segment,) = opened(run)
     for theta in thetas:
         assert_holds(segment, theta)
@@ -134,7 +139,7 @@ def test_any_three_thetas_come_back(seed: int, size: int, dtype: str, tmp_path_f
 
 def test_thetas_are_read_in_any_order_and_what_was_read_stays_as_it_was(tmp_path: Path) -> None:
     thetas = [Theta(number) for number in range(12)]
-    write(tmp_path, thetas)
+    write(tmp_path, states(thetas))
     (segment,) = opened(tmp_path)
     order = [*range(12)] * 3
     random.Random(0).shuffle(order)
@@ -146,10 +151,10 @@ def test_thetas_are_read_in_any_order_and_what_was_read_stays_as_it_was(tmp_path
 
 def test_the_steps_come_back_with_their_micro_batches(tmp_path: Path) -> None:
     writer = SegmentWriter(tmp_path, RUN_ID, 1, 0, 64)
-    writer.add(Theta(0), None)
+    writer.add(Theta(0).state, None)
     tensors = {"batch.x": torch.randn(2, 3)}
     recorded = step(0, nest={"tensor": "batch.x"}, tensors=tensors, checksums={"batch.x": 1}, predictions=2.0)
-    writer.add(Theta(1), recorded)
+    writer.add(Theta(1).state, recorded)
     writer.seal()
     (segment,) = opened(tmp_path)
     found = segment.step(0)
@@ -160,7 +165,7 @@ def test_the_steps_come_back_with_their_micro_batches(tmp_path: Path) -> None:
 
 
 def test_only_the_first_theta_of_a_segment_is_stored_whole(tmp_path: Path) -> None:
-    write(tmp_path, [Theta(number) for number in range(3, 6)])
+    write(tmp_path, states([Theta(number) for number in range(3, 6)]))
     (name,) = list_segments(tmp_path)
     names = TensorFile(tmp_path / SEGMENTS_FOLDER / name.file).names
     of_states = {entry for entry in names if not entry.startswith("indices/")}
@@ -174,7 +179,7 @@ def test_only_the_first_theta_of_a_segment_is_stored_whole(tmp_path: Path) -> No
 def test_a_new_layout_begins_a_new_segment_and_the_old_one_keeps_its_end(tmp_path: Path) -> None:
     wider = Layout((*SLOTS, Slot(PARAMETERS, "late", "float32", (2,))))
     thetas = [Theta(0), Theta(1), Theta(2), Theta(2, wider), Theta(3, wider), Theta(4, wider)]
-    write(tmp_path, thetas)
+    write(tmp_path, states(thetas))
     assert spans(tmp_path) == [(0, 2), (2, 4)]
     narrow, wide = opened(tmp_path)
     for segment, own in ((narrow, thetas[:3]), (wide, thetas[3:])):
@@ -185,7 +190,7 @@ def test_a_new_layout_begins_a_new_segment_and_the_old_one_keeps_its_end(tmp_pat
 def test_a_kept_step_has_both_its_ends_wherever_the_selection_jumps(tmp_path: Path) -> None:
     # Steps 0, 1, 5, 9 and 10: where one follows the last, its start is the other's end.
     thetas = [Theta(number) for number in (0, 1, 2, 5, 6, 9, 10, 11)]
-    write(tmp_path, thetas)
+    write(tmp_path, states(thetas))
     (segment,) = opened(tmp_path)
     assert (segment.name.start, segment.name.stop) == (0, 11)
     assert segment.steps == [0, 1, 5, 9, 10]
@@ -198,7 +203,7 @@ def test_a_kept_step_has_both_its_ends_wherever_the_selection_jumps(tmp_path: Pa
 
 def test_a_segment_is_full_after_so_many_steps_wherever_the_selection_jumps(tmp_path: Path) -> None:
     thetas = [Theta(number) for first in range(0, 25, 5) for number in (first, first + 1)]  # steps 0, 5, 10, 15, 20
-    write(tmp_path, thetas, steps_per_segment=2)
+    write(tmp_path, states(thetas), steps_per_segment=2)
     assert spans(tmp_path) == [(0, 6), (10, 16), (20, 21)]
     by_number = {theta.number: theta for theta in thetas}
     for segment in opened(tmp_path):
@@ -210,10 +215,10 @@ def test_a_header_that_is_full_ends_its_segment_early(tmp_path: Path) -> None:
     # The first step is the smallest by far: its room, for four of its like, is too little for the next.
     writer = SegmentWriter(tmp_path, RUN_ID, 1, 0, 4)
     thetas = [Theta(number) for number in range(5)]
-    writer.add(thetas[0], None)
+    writer.add(thetas[0].state, None)
     for number in range(4):
         leaves = {f"batch.{n}": torch.zeros(1) for n in range(1 if number == 0 else 60)}
-        writer.add(thetas[number + 1], step(number, tensors=leaves, checksums=dict.fromkeys(leaves, 0)))
+        writer.add(thetas[number + 1].state, step(number, tensors=leaves, checksums=dict.fromkeys(leaves, 0)))
     writer.seal()
     assert spans(tmp_path)[0][1] < 4
     assert spans(tmp_path)[-1][1] == 4
@@ -226,27 +231,27 @@ def test_a_header_that_is_full_ends_its_segment_early(tmp_path: Path) -> None:
 def test_a_step_that_no_header_can_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "_LARGEST_ROOM", 8192)
     writer = SegmentWriter(tmp_path, RUN_ID, 1, 0, 4)
-    writer.add(Theta(0), None)
+    writer.add(Theta(0).state, None)
     leaves = {f"batch.{n}": torch.zeros(1) for n in range(500)}
     with pytest.raises(FormatError, match="more than a file's header can name"):
-        writer.add(Theta(1), step(0, tensors=leaves))
+        writer.add(Theta(1).state, step(0, tensors=leaves))
 
 
 def test_every_copy_is_given_back_once(tmp_path: Path) -> None:
     thetas = [Theta(number) for number in (0, 1, 2, 3, 7, 8)]
-    write(tmp_path, thetas, steps_per_segment=2)
+    write(tmp_path, states(thetas), steps_per_segment=2)
     assert [theta.released for theta in thetas] == [1, 1, 1, 1, 1, 0]  # the last begins the next segment
-    write(tmp_path / "other", [Theta(0)])
+    write(tmp_path / "other", [Theta(0).state])
     assert list_segments(tmp_path / "other") == []
 
 
 def test_no_more_than_two_copies_are_held_between_steps(tmp_path: Path) -> None:
     writer = SegmentWriter(tmp_path, RUN_ID, 1, 0, 3)
     thetas = [Theta(0)]
-    writer.add(thetas[0], None)
+    writer.add(thetas[0].state, None)
     for number in range(8):
         thetas.append(Theta(number + 1))
-        writer.add(thetas[-1], step(number))
+        writer.add(thetas[-1].state, step(number))
         assert sum(not theta.released for theta in thetas) <= 2
 
 
@@ -272,7 +277,7 @@ def abandoned(run: Path, steps: int) -> list[Theta]:
     writer = SegmentWriter(run, RUN_ID, 1, 0, 64)
     thetas = [Theta(number) for number in range(steps + 1)]
     for theta in thetas:
-        writer.add(theta, step(theta.number - 1) if theta.number else None)
+        writer.add(theta.state, step(theta.number - 1) if theta.number else None)
     if writer._file is not None:
         writer._file.close()
     return thetas
@@ -326,7 +331,7 @@ def test_segments_are_listed_by_attempt_step_and_process(tmp_path: Path) -> None
 
 
 def test_a_coded_step_that_does_not_decode_is_found_although_its_checksum_is_right(tmp_path: Path) -> None:
-    write(tmp_path, [Theta(number) for number in range(3)])
+    write(tmp_path, states([Theta(number) for number in range(3)]))
     (name,) = list_segments(tmp_path)
     path = tmp_path / SEGMENTS_FOLDER / name.file
     file = TensorFile(path)

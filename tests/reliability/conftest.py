@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.reliability.counts import FULL, SEED
 from tests.reliability.promises import PROMISES, Tally
@@ -35,6 +36,15 @@ def promise(record_property: Callable[[str, Any], None]) -> Promise:
         return Tally(row, seed).counted(record_property)
 
     return begin
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute as the forked trainings do: the number of threads decides the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

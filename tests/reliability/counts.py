@@ -18,6 +18,9 @@ KILLS = _count(48, 1002)
 KILLED_CALLS = _count(36, 10_000)
 """System calls that a commit is killed at; the full number is more than there are."""
 
+CALL_STRIDE = _count(20, 1)
+"""Every so many calls of a training with two threads, whose calls come in no fixed order, it is killed."""
+
 DISK_SIZES = _count(8, 64)
 """Sizes of a disk that a run fills."""
 

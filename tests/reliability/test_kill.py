@@ -21,12 +21,12 @@ from tests.reliability.trainings import (
     expected_states,
     train,
 )
-from tests.reliability.warm import WarmProcess
+from tests.reliability.warm import WarmProcess, wait_until
 
 _LONGEST_LIFE = 0.35
 """Seconds from the training's start to the last moment at which it may be killed."""
 
-_ENOUGH_STEPS = 3_000
+_ENOUGH_STEPS = 1_000
 """More than a training makes in that time."""
 
 
@@ -38,26 +38,25 @@ def test_a_training_killed_at_any_moment_leaves_every_safe_step_and_only_whole_o
     run, oracle = tmp_path / "run", tmp_path / "oracle"
     states = expected_states(optimizer, dtype, _ENOUGH_STEPS)
     moments = random.Random(f"{SEED} {optimizer} {dtype}")
-    recorded = 0
     with promise("R1", SEED) as tally:
         for number in range(KILLS // 6):
             after = moments.uniform(0, _LONGEST_LIFE)
             with tally.case(f"kill {number} after {after:.4f} s"):
                 pid = warm.start(train, run, oracle, optimizer, dtype)
+                if number % 2:  # half of the kills while it surely records, half at any moment from its start
+                    wait_until(lambda: Oracle.read(oracle))
                 time.sleep(after)
                 os.kill(pid, signal.SIGKILL)
                 assert warm.wait(pid) == -signal.SIGKILL, warm.log()
-                recorded += _held(run, states, Oracle.read(oracle))
+                _assert_held(run, states, Oracle.read(oracle))
             shutil.rmtree(run, ignore_errors=True)
             oracle.unlink(missing_ok=True)
-    assert recorded > KILLS  # the trainings had time to record
 
 
-def _held(run: Path, states: list[str], safe: dict[int, str]) -> int:
+def _assert_held(run: Path, states: list[str], safe: dict[int, str]) -> None:
     if not (run / MANIFEST_FILE).exists():
         assert not safe
-        return 0
+        return
     recovery.recover(run)
-    steps = assert_prefix(run, states, safe)
+    assert_prefix(run, states, safe)
     assert not list(run.rglob("*.partial")), "left over from the kill"
-    return steps

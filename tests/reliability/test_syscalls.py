@@ -7,8 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +16,9 @@ import pytest
 from recorder import recovery
 from recorder.manifest import MANIFEST_FILE
 from tests.reliability.conftest import Promise
-from tests.reliability.counts import FULL, KILLED_CALLS, SEED
+from tests.reliability.counts import CALL_STRIDE, KILLED_CALLS, SEED
 from tests.reliability.trainings import Oracle, assert_prefix, expected_states, train, train_inline, train_threaded
-from tests.reliability.warm import WarmProcess
+from tests.reliability.warm import WarmProcess, wait_until
 
 _CALLS = (
     "openat write pwrite64 fsync ftruncate close rename renameat renameat2 unlink unlinkat mkdir mkdirat "
@@ -40,9 +39,9 @@ pytestmark = pytest.mark.skipif(not _strace_works(), reason="strace is not insta
 @contextmanager
 def _traced(pid: int, *options: str) -> Iterator[None]:
     """Let strace hold a process that has stopped itself, and the process go on."""
-    _until(lambda: re.search(r"^State:\s+T", _status(pid), re.MULTILINE))
+    wait_until(lambda: re.search(r"^State:\s+T", _status(pid), re.MULTILINE))
     strace = subprocess.Popen(["strace", "-p", str(pid), *options], stderr=subprocess.DEVNULL)
-    _until(lambda: not re.search(r"^TracerPid:\s+0$", _status(pid), re.MULTILINE))
+    wait_until(lambda: not re.search(r"^TracerPid:\s+0$", _status(pid), re.MULTILINE))
     os.kill(pid, signal.SIGCONT)
     try:
         yield
@@ -52,13 +51,6 @@ def _traced(pid: int, *options: str) -> Iterator[None]:
 
 def _status(pid: int) -> str:
     return Path(f"/proc/{pid}/status").read_text()
-
-
-def _until(reached: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def _calls_of_a_commit(warm: WarmProcess, folder: Path, first_step: int) -> collections.Counter[str]:
@@ -103,7 +95,6 @@ def test_a_kill_at_any_system_call_leaves_every_safe_step_and_only_whole_ones(
                 _assert_safe(folder, states)
 
 
-@pytest.mark.skipif(not FULL, reason="counted by `make reliability` alone: the threads' calls come in any order")
 def test_a_kill_at_any_system_call_of_either_thread_leaves_every_safe_step(
     tmp_path: Path, promise: Promise, warm: WarmProcess
 ) -> None:
@@ -111,7 +102,7 @@ def test_a_kill_at_any_system_call_of_either_thread_leaves_every_safe_step(
     folder = tmp_path / "killed"
     with promise("R2", SEED) as tally:
         for call in ("openat", "write", "pwrite64", "fsync", "close", "unlink", "rename", "ftruncate"):
-            for number in range(1, 1000):
+            for number in range(1, 1000, CALL_STRIDE):
                 killed = True
                 with tally.case(f"{call} {number}"):
                     shutil.rmtree(folder, ignore_errors=True)

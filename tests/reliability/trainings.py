@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import gc
 import hashlib
 import json
 import os
 import random
+import resource
+import shutil
 import signal
+import subprocess
+import sys
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +26,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import recorder
 from recorder import recording, tensorfile
-from recorder.errors import LossledgerError
-from recorder.recording import Recording
+from recorder.errors import LossledgerError, UsageError
+from recorder.recording import RecorderWarning, Recording
 from recorder.runformat import Run
 from recorder.verify import verify
 from recorder.writer import BackgroundWriter
@@ -233,3 +241,136 @@ def is_noticed(path: Path) -> bool:
         return bool(verify(path).damages)
     except LossledgerError:
         return True
+
+
+WIDE = 400
+"""Width of the model that fills disks: 20 kB a state."""
+
+
+def train_to_the_end(run: str, result: str, steps: int, width: int = WIDE) -> None:
+    """Record updates, and write down what has become of the model and of the recording."""
+    model, optimizer = build("adam", width=width)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rec = None
+        refusal = ""
+        try:
+            rec = recorder.watch(model, optimizer, run=run, segment_steps=8)
+        except UsageError as error:
+            refusal = str(error)
+        for step in range(steps):
+            update(model, optimizer, step, rec)
+        if rec is not None:
+            rec.close()
+    warned = [str(entry.message) for entry in caught if entry.category is RecorderWarning]
+    outcome = {"model": fingerprint(trained(model)), "refusal": refusal, "warned": warned}
+    Path(result).write_text(json.dumps(outcome))
+
+
+def train_on_a_disk_of_its_own(options: str, disk: str, saved: str, result: str, steps: int) -> None:
+    """Record onto a disk of some size, and save what is on it when the training has ended."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", disk], check=True)
+    try:
+        train_to_the_end(f"{disk}/run", result, steps)
+        if Path(disk, "run").exists():
+            shutil.copytree(f"{disk}/run", saved)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def train_with_a_largest_file(size: int, run: str, result: str, steps: int) -> None:
+    """Record where no file may have more than `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    train_to_the_end(run, result, steps)
+
+
+def train_with_checkpoints(
+    run: str, checkpoint: str, optimizer: str, dtype: str, stop: int, kill_at: int, where: str
+) -> None:
+    """Go on from the checkpoint, if there is one, saving it every few updates; be killed somewhere in one of them."""
+    model, made = build(optimizer, dtype)
+    first_step = 0
+    if Path(checkpoint).exists():
+        first_step = load(checkpoint, model, made)
+    with recorder.watch(model, made, run=run, first_step=first_step, segment_steps=4) as rec:
+        for step in range(first_step, stop):
+            if step == kill_at and where == "before the update":
+                os.kill(os.getpid(), signal.SIGKILL)
+            update(model, made, step, rec)
+            if step == kill_at and where == "after the update":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if (step + 1) % 5 == 0:
+                rec.flush()
+                if step >= kill_at - 4 and where == "before the checkpoint":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                save(checkpoint, model, made, step + 1)
+
+
+def save(checkpoint: str, model: nn.Module, optimizer: Optimizer, updates: int) -> None:
+    """Write a checkpoint as trainers do."""
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    torch.save({**content, "updates": updates}, f"{checkpoint}.new")
+    Path(f"{checkpoint}.new").replace(checkpoint)
+
+
+def load(checkpoint: str, model: nn.Module, optimizer: Optimizer) -> int:
+    """Take up a checkpoint; return how many updates were made before it."""
+    content = torch.load(checkpoint, weights_only=True)
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["rng"])
+    return int(content["updates"])
+
+
+def hold(run: str, ready: str, children: int) -> None:
+    """Record a step into a run and keep it open, with processes forked as a DataLoader forks its workers."""
+    model, optimizer = build("adam")
+    rec = recorder.watch(model, optimizer, run=run)
+    update(model, optimizer, 0, rec)
+    rec.flush()
+    pids = []
+    for _ in range(children):
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        pids.append(pid)
+    Path(f"{ready}.new").write_text(json.dumps(pids))
+    Path(f"{ready}.new").rename(ready)
+    signal.pause()
+
+
+def hold_after_children(run: str, ready: str) -> None:
+    """The same, with children that have ended in every way a child can end."""
+    model, optimizer = build("adam")
+    rec = recorder.watch(model, optimizer, run=run)
+    update(model, optimizer, 0, rec)
+    rec.flush()
+    for ending in (sys.exit, os._exit, lambda _: rec.close(), lambda _: gc.collect()):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ending(0)
+                atexit._run_exitfuncs()
+            except SystemExit:
+                atexit._run_exitfuncs()
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+    Path(ready).write_text("[]")
+    signal.pause()
+
+
+def race(run: str, start: str, result: str) -> None:
+    """Begin to record at the same moment as others."""
+    model, optimizer = build("adam")
+    while not Path(start).exists():
+        time.sleep(0.0001)
+    try:
+        rec = recorder.watch(model, optimizer, run=run)
+    except UsageError as error:
+        Path(result).write_text(str(error))
+        return
+    update(model, optimizer, 0, rec)
+    rec.flush()
+    Path(result).write_text("recording")
+    signal.pause()

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +66,14 @@ class WarmProcess:
     def close(self) -> None:
         """End it, and whatever it started that still runs."""
         self._process.communicate()
+
+
+def wait_until(reached: Callable[[], object]) -> None:
+    """Wait for what another process is about to do."""
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline, "it did not happen within a minute"
+        time.sleep(0.001)
 
 
 def _plain(argument: Any) -> Any:
