@@ -28,6 +28,8 @@ _LARGEST_ROOM = 64 << 20
 """A safetensors reader refuses headers over 100 MB."""
 _FACTS_ROOM = 512
 """For what `seal` adds to the rows."""
+_LINE_ROOM = 64
+"""For what a line of the journal has besides its JSON's values."""
 _LARGEST_OFFSET = 10**14
 _VERIFY_BYTES = 1 << 22
 
@@ -75,6 +77,39 @@ def header_bytes(tensors: Mapping[str, tensorfile.Array], row: Mapping[str, Any]
     return Append(entries, dict.fromkeys(entries, 0xFFFFFFFF), row).header_bytes
 
 
+def append_bytes(tensors: Mapping[str, tensorfile.Array], row: Mapping[str, Any]) -> int:
+    """Say how much of the disk an append can take at most, its line of the journal included.
+
+    Parameters
+    ----------
+    tensors, row
+        As for `GrowingTensorFile.append`.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    return sum(array.nbytes for array in tensors.values()) + header_bytes(tensors, row) + _LINE_ROOM
+
+
+def room_for(header_bytes: int) -> int:
+    """Say how much of the disk is taken before a file has any tensor.
+
+    Parameters
+    ----------
+    header_bytes
+        As for `GrowingTensorFile`.
+
+    Returns
+    -------
+    int
+        Bytes, a multiple of 8.
+    """
+    room = min(max(header_bytes + _FACTS_ROOM, _SMALLEST_ROOM), _LARGEST_ROOM)
+    return 8 + room + (-room) % 8
+
+
 class GrowingTensorFile:
     """A tensor file in the making.
 
@@ -95,8 +130,7 @@ class GrowingTensorFile:
 
     def __init__(self, folder: Path, name: str, header_bytes: int) -> None:
         self._partial, self._journal = _paths(folder, name)
-        room = min(max(header_bytes + _FACTS_ROOM, _SMALLEST_ROOM), _LARGEST_ROOM)
-        self._data_start = 8 + room + (-room) % 8
+        self._data_start = room_for(header_bytes)
         self._header_used = _FACTS_ROOM
         self._end = 0
         self.appends: list[Append] = []
@@ -120,6 +154,11 @@ class GrowingTensorFile:
     def bytes(self) -> int:
         """Size of the file so far."""
         return self._data_start + self._end
+
+    @property
+    def journal_bytes(self) -> int:
+        """Size of the journal beside it so far."""
+        return os.fstat(self._lines).st_size
 
     def append(self, tensors: Mapping[str, tensorfile.Array], row: Mapping[str, Any]) -> bool:
         """Add tensors and a row, or nothing at all.

@@ -29,12 +29,12 @@ from recorder.parameters import warn_of_unmapped
 from recorder.pending import Announced
 from recorder.processes import from_all, in_first, this_process
 from recorder.runfolder import RunFolder
-from recorder.segmentwriter import SegmentWriter, State
+from recorder.segmentwriter import QuotaReached, SegmentWriter, State
 from recorder.selection import StepSelection
 from recorder.sharded import whole
 from recorder.staging import Staging
 from recorder.watched import Watched
-from recorder.writer import BackgroundWriter, QuotaReached
+from recorder.writer import BackgroundWriter
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -179,6 +179,7 @@ class Recording:
         # are gone, or, where the loop zeroes them only now, they are not finite and will be at the next step.
         if self._watched.gradients_dropped():
             self._pending.clear()
+            self._doubted = 0
         elif not self._watched.gradients_finite():
             self._doubted = len(self._pending)
 
@@ -228,6 +229,8 @@ class Recording:
         interrupted
             Why the training ended before its time, if it did. Every step until then is kept.
         """
+        if os.getpid() != self._process:
+            return  # a forked child that ends; the recording is its parent's
         for hook in self._hooks:
             hook.remove()
         self._watched.release()
@@ -236,8 +239,6 @@ class Recording:
         self._release()
 
     def _close_at_exit(self) -> None:
-        if os.getpid() != self._process:
-            return  # a forked child that ends; the recording is its parent's
         self.close("the program ended without closing the recording")
 
     @_harmless
@@ -380,8 +381,8 @@ class Recording:
 
     def _start_writer(self, run_id: str, attempt: int, layout: Layout) -> None:
         segment_steps = self._segment_steps or _segment_steps(layout)
-        segments = SegmentWriter(self.run, run_id, attempt, self._rank, segment_steps)
-        self._writer = BackgroundWriter(segments, self._quota_left())
+        segments = SegmentWriter(self.run, run_id, attempt, self._rank, segment_steps, self._quota_left())
+        self._writer = BackgroundWriter(segments)
 
     def _quota_left(self) -> int | None:
         if self._quota is None or self._folder is None:

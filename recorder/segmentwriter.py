@@ -7,9 +7,9 @@ returned, and safe from a loss of power once its segment is sealed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +22,15 @@ from recorder.layout import Layout, bits
 from recorder.segments import SEGMENTS_FOLDER, SegmentName, facts_of
 from recorder.steps import Step
 
+if TYPE_CHECKING:
+    from recorder.tensorfile import Array
+
 _HEADER_MARGIN = 1.1
 """Micro-batches differ in size from step to step."""
+
+
+class QuotaReached(Exception):  # noqa: N818 (no error: what the user asked for)
+    """The run has reached the size it may have."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -64,12 +71,17 @@ class SegmentWriter:
         As for `recorder.segments.SegmentName`.
     steps_per_segment
         A segment is sealed when it holds so many.
+    quota
+        Bytes that it may write; None for no limit. `add` raises `QuotaReached` rather than write more.
     """
 
-    def __init__(self, run: Path, run_id: str, attempt: int, rank: int, steps_per_segment: int) -> None:
+    def __init__(
+        self, run: Path, run_id: str, attempt: int, rank: int, steps_per_segment: int, quota: int | None = None
+    ) -> None:
         self._folder = run / SEGMENTS_FOLDER
         self._facts = {"run_id": run_id, "attempt": attempt, "rank": rank}
         self._steps_per_segment = steps_per_segment
+        self._quota = quota
         self._file: GrowingTensorFile | None = None
         self._steps = 0
         self._previous: State | None = None
@@ -146,6 +158,7 @@ class SegmentWriter:
         of_step += 2 * growing.header_bytes(coded, {"state": start, "step": None})
         room = growing.header_bytes(keyframe, first) + int(self._steps_per_segment * _HEADER_MARGIN * of_step)
         rank = f"-rank{self._facts['rank']}" if self._facts["rank"] else ""
+        self._refuse_beyond_quota(keyframe, first, growing.room_for(room))
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = GrowingTensorFile(self._folder, f"{self._facts['attempt']:03d}-{start:08d}{rank}", room)
         self._file.append(keyframe, first)
@@ -161,8 +174,18 @@ class SegmentWriter:
                 before = None if self._before is None else bits(self._before.vectors[dtype])
                 body = coder.encode(bits(vector), bits(self._previous.vectors[dtype]), before)
                 coded[f"coded/{state.number:08d}/{dtype}"] = np.frombuffer(body, np.uint8)
-        number = None if state is None else state.number
-        return self._file.append({**coded, **tensors}, {"state": number, "step": row})
+        added: dict[str, Array] = {**coded, **tensors}
+        entry = {"state": None if state is None else state.number, "step": row}
+        self._refuse_beyond_quota(added, entry)
+        return self._file.append(added, entry)
+
+    def _refuse_beyond_quota(self, tensors: Mapping[str, Array], row: Mapping[str, Any], room: int = 0) -> None:
+        if self._quota is None:
+            return
+        written = self.bytes + (self._file.journal_bytes if self._file else 0)
+        if written + room + growing.append_bytes(tensors, row) > self._quota:
+            message = f"the next step would exceed the {self._quota:,} bytes left of the quota"
+            raise QuotaReached(message)
 
     def _coder(self, dtype: str, size: int) -> StepCoder:
         if (dtype, size) not in self._coders:

@@ -23,10 +23,6 @@ LONGEST_QUEUE = 64
 _NICENESS = 10
 
 
-class QuotaReached(Exception):  # noqa: N818 (no error: what the user asked for)
-    """The run has reached the size it may have."""
-
-
 class BackgroundWriter:
     """Writes states and steps in a thread of its own.
 
@@ -34,8 +30,6 @@ class BackgroundWriter:
     ----------
     segments
         Where they go.
-    quota
-        Bytes that `segments` may write; None for no limit.
 
     Attributes
     ----------
@@ -49,10 +43,8 @@ class BackgroundWriter:
         One more than the last step written.
     """
 
-    def __init__(self, segments: SegmentWriter, quota: int | None = None) -> None:
+    def __init__(self, segments: SegmentWriter) -> None:
         self._segments = segments
-        self._quota = quota
-        self._largest_step = 0
         self.busy = 0.0
         self.failure: Exception | None = None
         self.failed_at: int | None = None
@@ -86,11 +78,8 @@ class BackgroundWriter:
             if state is not None:
                 state.wait()
             step = make_step() if make_step else None
-            self._within_quota(state)
-            before = self._segments.bytes
             self._segments.add(state, step)
             self.stop = step.step + 1 if step else self.stop
-            self._largest_step = max(self._largest_step, self._segments.bytes - before)
         except Exception as error:
             self.failure = error
             at_state = None if state is None else state.number - (make_step is not None)
@@ -99,14 +88,6 @@ class BackgroundWriter:
                 state.release()
             with suppress(Exception):
                 self._segments.seal()
-
-    def _within_quota(self, state: State | None) -> None:
-        if self._quota is None:
-            return
-        expected = self._largest_step or (2 * state.layout.bytes if state else 0)
-        if self._segments.bytes + expected > self._quota:
-            message = f"the next step would exceed the {self._quota} bytes left of the quota"
-            raise QuotaReached(message)
 
     def flush(self) -> None:
         """Wait until everything handed over is written and on the disk."""

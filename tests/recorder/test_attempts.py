@@ -253,7 +253,7 @@ def test_one_changed_bit_is_enough_to_be_refused_and_is_named(run: Path) -> None
     training = Training()
     training.train(0, 4, run)
     with torch.no_grad():
-        training.model[2].bias.view(torch.int32)[0] ^= 1  # type: ignore[index, union-attr, call-overload, operator]
+        training.model.get_parameter("2.bias").view(torch.int32)[0] ^= 1
     with pytest.raises(JoinError, match=r"1 of 4 parameters differ from the recorded ones, first '2\.bias'"):
         training.train(4, 5, run)
 

@@ -474,7 +474,7 @@ def test_buffers_that_training_changes_only_after_its_first_step_are_named(tmp_p
 
     def change(rec: Recording, step: int) -> None:
         if step == 1:
-            model.late.add_(1)
+            model.get_buffer("late").add_(1)
 
     with pytest.warns(RecorderWarning, match=r"late change in training.*cannot be replayed"):
         record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=2, before=change)

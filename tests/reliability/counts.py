@@ -30,7 +30,7 @@ FAILING_CALLS = _count(40, 10_000)
 ALL_CONFIGURATIONS = FULL
 """Whether the observer effect is looked for in all 48 configurations, and not in 12."""
 
-PREEMPTIONS = _count(18, 200)
+PREEMPTIONS = _count(10, 200)
 """Kills of a training that is restarted from its last checkpoint."""
 
 WRITERS = _count(10, 100)

@@ -27,6 +27,8 @@ from tests.reliability.trainings import (
 )
 from tests.reliability.warm import WarmProcess
 
+pytestmark = pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning")
+
 _STEPS = 24
 _PLACES = ("before the update", "after the update", "before the checkpoint")
 
@@ -58,7 +60,8 @@ def test_a_training_restarted_from_its_checkpoint_leaves_the_timeline_of_one_tha
                 assert assert_prefix(run, expected[optimizer, dtype]) == _STEPS
                 attempts = Run(run).manifest.attempts
                 assert attempts[-1].state == "complete"
-                assert all(attempt.joined in ("first", "verified") for attempt in attempts)
+                # Killed in the very first steps, there is nothing yet to compare with.
+                assert all(entry.joined in ("first", "verified") or entry.first_step == 0 for entry in attempts)
                 for attempt in attempts:  # what an attempt recorded is kept, also where a later one did it again
                     for step in Run(run, attempt.number).steps:
                         Run(run, attempt.number).parameters(step)
@@ -88,9 +91,11 @@ def test_a_wrong_checkpoint_is_refused_and_nothing_of_the_run_is_changed(
             else:
                 _flip_a_bit(model, chance)
             with tally.case(f"{number}: as step {updates}"):
-                with recorder.watch(model, optimizer, run=run, first_step=updates) as rec:
-                    with pytest.raises(JoinError, match="does not go on where the run was"):
-                        update(model, optimizer, updates, rec)
+                with (
+                    recorder.watch(model, optimizer, run=run, first_step=updates) as rec,
+                    pytest.raises(JoinError, match="does not go on where the run was"),
+                ):
+                    update(model, optimizer, updates, rec)
                 assert _files(run) == before
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import recorder
 from recorder import recovery
 from recorder.manifest import MANIFEST_FILE
 from tests.reliability.conftest import Promise
 from tests.reliability.counts import CALL_STRIDE, KILLED_CALLS, SEED
-from tests.reliability.trainings import Oracle, assert_prefix, expected_states, train, train_inline, train_threaded
+from tests.reliability.trainings import Oracle, assert_prefix, build, expected_states, train, train_inline, train_threaded
 from tests.reliability.warm import WarmProcess, wait_until
 
 _CALLS = (
@@ -33,7 +34,10 @@ def _strace_works() -> bool:
     return bool(strace) and not subprocess.run([strace, "-o", os.devnull, "true"], check=False, capture_output=True).returncode
 
 
-pytestmark = pytest.mark.skipif(not _strace_works(), reason="strace is not installed, or may not trace here")
+pytestmark = [
+    pytest.mark.skipif(not _strace_works(), reason="strace is not installed, or may not trace here"),
+    pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning"),
+]
 
 
 @contextmanager
@@ -121,6 +125,7 @@ def _assert_safe(folder: Path, states: list[str]) -> None:
     run = folder / "run"
     if not (run / MANIFEST_FILE).exists():
         assert not safe
+        recorder.watch(*build("adam"), run=run).close()  # what is left is as good as an empty folder
         return
     recovery.recover(run)
     assert_prefix(run, states, safe)

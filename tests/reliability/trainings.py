@@ -38,15 +38,19 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw": lambda tensors: AdamW(tensors, lr=0.01, weight_decay=0.1),
 }
 DTYPES = ("float32", "bfloat16")
+FILES = {"counts.py": Path(__file__).with_name("counts.py")}
+"""What a trainer needs to be rebuilt; any file will do."""
 
 
 def build(optimizer: str, dtype: str = "float32", width: int = 8) -> tuple[nn.Module, Optimizer]:
-    """A model at its first step, with a buffer that training changes and a parameter that it does not."""
+    """A model and an optimizer with a state, a buffer that training changes and a parameter that it does not."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 3))
     model.register_parameter("unused", nn.Parameter(torch.arange(3.0)))
     model.to(getattr(torch, dtype))
-    return model, OPTIMIZERS[optimizer](model.parameters())
+    made = OPTIMIZERS[optimizer](model.parameters())
+    update(model, made, 10**6)  # not recorded: the optimizer's state at the first recorded step is
+    return model, made
 
 
 def update(model: nn.Module, optimizer: Optimizer, step: int, rec: Recording | None = None) -> None:
@@ -153,7 +157,9 @@ def train(
     for step in range(first_step):
         update(model, made, step)
     log = Oracle(Path(oracle))
-    with recorder.watch(model, made, run=run, first_step=first_step, segment_steps=segment_steps) as rec:
+    with recorder.watch(
+        model, made, run=run, first_step=first_step, segment_steps=segment_steps, files=FILES
+    ) as rec:
         for step in range(first_step, stop):
             update(model, made, step, rec)
             log.made(step + 1, model)
