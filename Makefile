@@ -7,7 +7,7 @@ TEXT ?=
 OUT ?= demo-out$(if $(TEXT),/$(notdir $(TEXT:/=)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format constraints clean
+.PHONY: help install demo test reliability bench-recorder check format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -31,6 +31,16 @@ demo: install ## from text to the paper's first figure: three trainings, replay,
 
 test: install ## the test suite, the whole way on a short run included
 	$(BIN)/python -m pytest
+
+bench-recorder: install ## what recording every step costs: time, bytes (about half an hour, best on a quiet machine)
+	$(BIN)/python -m benchmarks.recorder $(if $(TEXT),--text $(TEXT))
+
+# make reliability TABLE=docs/reliability.md also writes the table there.
+TABLE ?=
+
+reliability: install ## every promise of a run, as often as promised, in one table (about an hour on two cores)
+	LOSSLEDGER_RELIABILITY=full LOSSLEDGER_EXAMPLES=10000 LOSSLEDGER_RELIABILITY_TABLE=$(TABLE) $(BIN)/python -m pytest \
+		tests/reliability $(wildcard $(addprefix tests/recorder/test_,codec.py golden.py estimate.py)) --timeout 0
 
 check: install ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

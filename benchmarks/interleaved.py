@@ -4,9 +4,9 @@ Blocks of steps of one training follow blocks of another, in an order drawn anew
 slows the machine slows all of them. What a training leaves to be done in the background is waited for after its block,
 so that none of it falls into the next one's; that time is kept apart, as `Timing.drains`.
 
-The first step of a block does not count for the median: the background has nothing to do yet, and the processor's cache
-is full of another training's parameters. From the second on a block is what a long training is. All steps and all drains
-count for `Timing.seconds`, the strictest sum: a real training drains only once.
+The first step of a block does not count for the median: the background has nothing to do yet, and the processor's
+cache is full of another training's parameters. From the second on a block is what a long training is. All steps and
+all drains count for `Timing.seconds`, the strictest sum: a real training drains only once.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def interleave(arms: Mapping[str, Arm], *, steps: int, block: int, seed: int) ->
     dict of str to Timing
         By the names of `arms`.
     """
-    order = random.Random(seed)
+    order = random.Random(seed)  # noqa: S311 (no secret)
     names = list(arms)
     timings = {name: Timing() for name in names}
     for name in names:

@@ -226,9 +226,7 @@ class _Drift(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         del closure
         rate = self.param_groups[0]["lr"]
-        for index, (weight, direction) in enumerate(
-            zip(self.param_groups[0]["params"], self._directions, strict=True)
-        ):
+        for index, (weight, direction) in enumerate(zip(self.param_groups[0]["params"], self._directions, strict=True)):
             angle = self._ANGLE * self._updates + index
             size = rate * (1.0 + 0.5 * math.cos(0.1 * self._updates + 2 * index))
             weight.add_(weight.grad, alpha=size * math.cos(angle)).add_(direction, alpha=size * math.sin(angle))
@@ -236,7 +234,7 @@ class _Drift(torch.optim.Optimizer):
 
 
 class PacedTraining:
-    """Transformer-base in float32 as a GPU's host sees it: 1.4 s in which the host's cores are free, then new parameters.
+    """Transformer-base in float32 as a GPU's host sees it: 1.4 s with the host's cores free, then new parameters.
 
     Parameters
     ----------

@@ -169,7 +169,7 @@ class Recording:
         self._autocast = self._watched.autocast() or self._autocast
         if self._pending and self._watched.backward_seen:
             self._doubt_pending()
-        if not self._pending and self._staged != self._next_step:
+        if not self._pending:
             self._buffers.keep()
         self._watched.backward_seen = False
         self._pending.append(Announced.of(indices, batch, self._watched.random_state()))
@@ -216,7 +216,10 @@ class Recording:
 
     @_harmless
     def flush(self) -> None:
-        """Wait until every step so far is on the disk: called before a checkpoint, none that it follows can be lost."""
+        """Wait until every step so far is on the disk: called before a checkpoint, none that it follows can be lost.
+
+        Of several processes each calls it for its own part.
+        """
         if self._writer is not None:
             self._writer.flush()
             self._raise_failure()
@@ -312,14 +315,14 @@ class Recording:
 
     def _meet(self) -> None:
         # Outside the guard: a process whose recording has failed takes part, or the others would wait for it for ever.
-        # Each hook of sharded parameters, otherwise the first. After it, what all do together stands before anything
-        # that can fail in one process alone.
+        # In each hook where parameters are sharded, otherwise until the recording begins. After it, what all do
+        # together stands before anything that can fail in one process alone.
         if not self._meets:
             return
         states = from_all(self._state)
         ended = [f"process {rank} is {state}" for rank, state in enumerate(states) if state != "recording"]
-        self._meets = self._watched.sharded and not ended
         if ended:
+            self._meets = False
             self._end_with(ended)
 
     @_harmless
@@ -333,9 +336,12 @@ class Recording:
 
     @_harmless
     def _before_step(self, optimizer: Optimizer) -> None:
-        if not self._steps.keeps(self._next_step):
-            return
         if self._watched.skipped():
+            return
+        if not self._steps.keeps(self._next_step):
+            # What moves between the steps that are kept has to be in the next of them.
+            if self._writer is not None and self._watched.find_first_gradients():
+                self._write_table()
             return
         if self._doubted and self._watched.gradients_finite():
             del self._pending[: self._doubted]
@@ -345,8 +351,6 @@ class Recording:
             self._begin()
         late = self._watched.find_first_gradients()
         stale = late or self._staged != self._next_step
-        if late:
-            self._buffers.keep()
         self._gradient_norm = None
         if self._gradient_norms_left:
             self._gradient_norms_left -= 1
@@ -360,6 +364,7 @@ class Recording:
             self._put(self._stage(self._next_step, tensors), None)
 
     def _begin(self) -> None:
+        self._meets = self._meets and self._watched.sharded
         with self._watched.gathered(keep=self._folder is not None):
             run_id, attempt = in_first(self._begin_attempt)
         if self._folder is None:
@@ -385,8 +390,8 @@ class Recording:
         self._writer = BackgroundWriter(segments)
 
     def _quota_left(self) -> int | None:
-        if self._quota is None or self._folder is None:
-            return self._quota
+        if self._quota is None:
+            return None
         return self._quota - sum(file.stat().st_size for file in self.run.rglob("*") if file.is_file())
 
     def _tensors(self, *, at_start: bool = False) -> list[tuple[str, str, torch.Tensor]]:

@@ -8,6 +8,7 @@ timeline and kept on the disk.
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import shutil
 import uuid
@@ -201,8 +202,8 @@ class RunFolder:
                 optimizer=optimizer if replaces_all else found.optimizer,
                 recipe=recipe if replaces_all else found.recipe,
             )
-        self.manifest.write(self.path)
         self._keep_ballast()
+        self.manifest.write(self.path)
         return self.manifest
 
     def _join(self, watched: Watched, step: int) -> str:
@@ -210,7 +211,11 @@ class RunFolder:
         t, before = self._first_step, self._before
         watched.table = _merged(self.path, before.manifest.parameters, watched.table)
         once = before.untrained()
-        constant = {name: tensor for name, tensor in watched.copies(trained=False).items() if name in once}
+        constant = {
+            name: tensor
+            for name, tensor in watched.copies(trained=False).items()
+            if name in once and name in watched.frozen
+        }
         recorded: dict[str, torch.Tensor] = {}
         if not before.steps:
             joined = "not verified: no step was recorded before"
@@ -266,8 +271,10 @@ class RunFolder:
         return checksums
 
     def _keep_ballast(self) -> None:
-        # Given back when the disk is full, so that the manifest can still say why the recording ended.
-        size = max(_SMALLEST_BALLAST, 2 * (self.path / MANIFEST_FILE).stat().st_size)
+        # Given back when the disk is full, so that the manifest can still say why the recording ended. It comes before
+        # the manifest: a run that is there can always be brought to its end.
+        assert self.manifest is not None
+        size = max(_SMALLEST_BALLAST, 2 * len(json.dumps(self.manifest.to_dict(), indent=1)))
         durable.write(self.path / BALLAST_FILE, lambda stream: stream.write(b"\0" * size))
 
     def write(self, **changes: Any) -> None:

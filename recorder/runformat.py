@@ -45,6 +45,34 @@ def optimizer_file(attempt: int) -> str:
     return "optimizer.safetensors" if attempt == 1 else f"optimizer-{attempt:03d}.safetensors"
 
 
+def open_once(path: Path, kind: str) -> tensorfile.TensorFile:
+    """Open a file of what is recorded once.
+
+    Parameters
+    ----------
+    path
+        The file.
+    kind
+        ``untrained`` or ``optimizer``.
+
+    Returns
+    -------
+    TensorFile
+        The file.
+
+    Raises
+    ------
+    DamagedFileError
+        If it is of another kind, format or version.
+    """
+    file = tensorfile.TensorFile(path)
+    expected, found = (FORMAT, VERSION, kind), tuple(file.facts.get(key) for key in ("format", "version", "kind"))
+    if found != expected:
+        message = f"{path}: expected format, version and kind {expected}, found {found}: another file under this name"
+        raise DamagedFileError(message)
+    return file
+
+
 class Run:
     """A recorded run, opened for reading.
 
@@ -233,7 +261,7 @@ class Run:
             Name to tensor in host memory.
         """
         if self._untrained is None:
-            file = tensorfile.TensorFile(self.path / UNTRAINED_FILE)
+            file = open_once(self.path / UNTRAINED_FILE, "untrained")
             self._untrained = {name: file.tensor(name) for name in file.names}
         return self._untrained
 
@@ -247,7 +275,7 @@ class Run:
         """
         if self.manifest.optimizer.fresh or not self._timeline:
             return None
-        file = tensorfile.TensorFile(self.path / optimizer_file(self._timeline[0].segment.attempt))
+        file = open_once(self.path / optimizer_file(self._timeline[0].segment.attempt), "optimizer")
         state: dict[Any, dict[str, Any]] = {}
         for name in file.names:
             index, key = name.split("/", 1)

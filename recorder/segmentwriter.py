@@ -7,7 +7,9 @@ returned, and safe from a loss of power once its segment is sealed.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +74,8 @@ class SegmentWriter:
     steps_per_segment
         A segment is sealed when it holds so many.
     quota
-        Bytes that it may write; None for no limit. `add` raises `QuotaReached` rather than write more.
+        Bytes that all processes of the attempt may write; None for no limit. `add` raises `QuotaReached` rather than
+        write more. What the other processes have written is looked up at the beginning of each segment.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class SegmentWriter:
         self._before: State | None = None
         self._coders: dict[tuple[str, int], StepCoder] = {}
         self._sealed_bytes = 0
+        self._bytes_of_others = 0
 
     @property
     def bytes(self) -> int:
@@ -158,6 +162,8 @@ class SegmentWriter:
         of_step += 2 * growing.header_bytes(coded, {"state": start, "step": None})
         room = growing.header_bytes(keyframe, first) + int(self._steps_per_segment * _HEADER_MARGIN * of_step)
         rank = f"-rank{self._facts['rank']}" if self._facts["rank"] else ""
+        if self._quota is not None:
+            self._bytes_of_others = self._measure_others()
         self._refuse_beyond_quota(keyframe, first, growing.room_for(room))
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = GrowingTensorFile(self._folder, f"{self._facts['attempt']:03d}-{start:08d}{rank}", room)
@@ -182,10 +188,20 @@ class SegmentWriter:
     def _refuse_beyond_quota(self, tensors: Mapping[str, Array], row: Mapping[str, Any], room: int = 0) -> None:
         if self._quota is None:
             return
-        written = self.bytes + (self._file.journal_bytes if self._file else 0)
+        written = self._bytes_of_others + self.bytes + (self._file.journal_bytes if self._file else 0)
         if written + room + growing.append_bytes(tensors, row) > self._quota:
             message = f"the next step would exceed the {self._quota:,} bytes left of the quota"
             raise QuotaReached(message)
+
+    def _measure_others(self) -> int:
+        attempt, rank = f"{self._facts['attempt']:03d}-", self._facts["rank"]
+        sizes = []
+        for file in self._folder.glob(f"*{attempt}*"):
+            of_other = re.search(r"-rank(\d+)", file.name)
+            if file.name.lstrip(".").startswith(attempt) and int(of_other[1] if of_other else 0) != rank:
+                with suppress(FileNotFoundError):  # it has just been sealed under its name
+                    sizes.append(file.stat().st_size)
+        return sum(sizes)
 
     def _coder(self, dtype: str, size: int) -> StepCoder:
         if (dtype, size) not in self._coders:

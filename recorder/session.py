@@ -79,7 +79,8 @@ def watch(
         Which parameters to record: shell patterns over their names, with ``!`` before those to leave out; all by
         default. What is left out must not change, or the run cannot be replayed.
     quota
-        Bytes that the run's folder may have; before it would have more, recording ends and training goes on.
+        Bytes that the run's folder may have; before it would have more, recording ends and training goes on. Of
+        several processes none knows the last micro-batches of the others: up to a segment of them may come on top.
     masters
         In 16-bit training with float32 masters kept by the loop: parameter name to the tensor that the optimizer
         updates, in the parameter's shape (a view of a flat one, too). They are recorded instead.
@@ -138,7 +139,11 @@ def watch(
     kept = {name: tensor for name, tensor in model.named_parameters() if name not in left_out}
     refuse_what_cannot_be_gathered(model, optimizer, kept)
     watched = Watched(model, optimizer, left_out=left_out, masters=masters)
-    folder, lock = _opened_together(Path(run), settings, first_step)
+    try:
+        folder, lock = _opened_together(Path(run), settings, first_step)
+    except Exception:
+        watched.release()
+        raise
     if folder is not None and folder.recovered:
         LOG.info("recovered %s, which a killed training left in the making", folder.recovered)
     return Recording(

@@ -185,7 +185,7 @@ def header_text(
     FormatError
         If the header is longer than `length`.
     """
-    values = (json.dumps(facts, sort_keys=True, allow_nan=False), json.dumps(dict(checksums)), _HEADER_END[:8])
+    values = (json.dumps(facts, allow_nan=False), json.dumps(dict(checksums)), _HEADER_END[:8])
     document = {**entries, "__metadata__": dict(zip(_METADATA_ENTRIES, values, strict=True))}
     text = json.dumps(document, separators=(",", ":")).encode()
     text = _sealed(text[: -len(_HEADER_END)])
@@ -205,6 +205,17 @@ def _header(path: Path) -> bytes:
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         return stream.read(length).rstrip(b" ")
+
+
+def _expected_bytes(path: Path) -> int | None:
+    # Where the header is still there to tell.
+    try:
+        header = _header(path)
+        offsets = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        with path.open("rb") as stream:
+            return 8 + int.from_bytes(stream.read(8), "little") + max(offsets, default=0)
+    except Exception:  # whatever damage does to a header
+        return None
 
 
 class TensorFile:
@@ -236,9 +247,12 @@ class TensorFile:
             header = _header(self.path)
         except (SafetensorError, OSError) as error:
             size = self.path.stat().st_size if self.path.exists() else 0
+            expected = _expected_bytes(self.path)
+            told = "" if expected is None else f"By its header it has {expected} bytes. "
             message = (
                 f"{self.path}: not a whole safetensors file ({size} bytes on disk; {error}). "
-                "It was truncated or damaged after it was written; restore it from a copy, or leave its steps out."
+                f"{told}It was truncated or damaged after it was written; restore it from a copy, or leave its steps "
+                "out."
             )
             raise DamagedFileError(message) from error
         missing = [entry for entry in _METADATA_ENTRIES if entry not in metadata]

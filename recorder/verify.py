@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recorder import growing, tensorfile
-from recorder.errors import DamagedFileError, LossledgerError
-from recorder.manifest import FORMAT, VERSION, Manifest
+from recorder import growing
+from recorder.errors import LossledgerError
+from recorder.manifest import Manifest
 from recorder.ranges import describe_ranges, joined_ranges
 from recorder.runfolder import TRAINER_FOLDER
-from recorder.runformat import UNTRAINED_FILE, Run, optimizer_file, timeline
+from recorder.runformat import UNTRAINED_FILE, Run, open_once, optimizer_file, timeline
 from recorder.segments import SEGMENTS_FOLDER, Segment, SegmentName, list_segments
 from recorder.selection import StepSelection
 
@@ -128,11 +128,7 @@ def _damaged_once(path: Path, manifest: Manifest, progress: Callable[[Path], Non
     for name, kind in expected.items():
         progress(path / name)
         try:
-            file = tensorfile.TensorFile(path / name)
-            facts = tuple(file.facts.get(key) for key in ("format", "version", "kind"))
-            if facts != (FORMAT, VERSION, kind):
-                message = f"expected {(FORMAT, VERSION, kind)}, found {facts}: another file under this name"
-                raise DamagedFileError(message)
+            file = open_once(path / name, kind)
             for tensor in file.names:
                 file.tensor(tensor)
         except (LossledgerError, OSError) as error:

@@ -65,7 +65,7 @@ class Watched:
     ) -> None:
         self._model = model
         self._optimizer = optimizer
-        tensors = dict(model.named_parameters())
+        tensors = self._tensors = dict(model.named_parameters())
         masters = masters_by_first_name(model, masters or {})
         self._ownership = Ownership(optimizer, tensors, masters)
         self._checksums: dict[str, int] = {}
@@ -115,6 +115,8 @@ class Watched:
             Whether the table has changed.
         """
         untrained = [parameter.name for parameter in self.table if parameter.status == "untrained"]
+        if not untrained:
+            return False
         late = self._ownership.with_gradient(untrained)
         if late:
             # Weight decay moves a master without a gradient, and until now no step recorded it.
@@ -179,6 +181,12 @@ class Watched:
             yield
         finally:
             self._gathered, self._gathered_state = {}, None
+
+    @property
+    def frozen(self) -> set[str]:
+        """Names of the parameters that take no gradient; the loss may depend on them all the same."""
+        # One that takes a gradient and never got one is no part of the loss: fairseq's dead copies, for example.
+        return {name for name, tensor in self._tensors.items() if not tensor.requires_grad}
 
     def copies(self, *, trained: bool) -> dict[str, torch.Tensor]:
         """Copy the trained parameters, or the others, to host memory; sharded ones within `gathered`.

@@ -28,6 +28,7 @@ from tests.cases import LanguageModelling
 PROCESSES = 2
 STEPS = 5
 KILLED_AT = 3
+QUOTA = 250_000
 
 Theta = dict[str, torch.Tensor]
 
@@ -179,6 +180,16 @@ def stopped_early(folder: Path, rank: int) -> dict[str, Any]:
     return training.told()
 
 
+def within_quota(folder: Path, rank: int) -> dict[str, Any]:
+    """A training whose run may not grow to its whole length."""
+    training = Training(rank)
+    recording = watch(training, folder / "run", segment_steps=1, quota=QUOTA)
+    with warnings.catch_warnings(record=True) as caught, recording as rec:
+        for _ in range(2 * STEPS):
+            training.step(rec)
+    return {**training.told(), "warnings": [str(warning.message) for warning in caught]}
+
+
 def without_examples(folder: Path, rank: int) -> dict[str, Any]:
     """Process 1 has no example left in the last step, and says so."""
     training = Training(rank)
@@ -246,7 +257,8 @@ SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         *(whole, unrecorded, restarted, refused, joined_wrongly, failed_before_the_first_step, stopped_early),
-        *(without_examples, sharded, sharded_unrecorded, sharded_failing, sharded_too_large, killed),
+        *(within_quota, without_examples, killed),
+        *(sharded, sharded_unrecorded, sharded_failing, sharded_too_large),
     )
 }
 

@@ -123,11 +123,12 @@ def _recorded_trainer(session: _Session) -> type[FairseqTrainer]:
             prepared, session.dummy = super()._prepare_sample(sample, is_dummy)
             return prepared, session.dummy
 
-        def save_checkpoint(self, filename: str, extra_state: Any) -> None:
+        def consolidate_optimizer(self) -> None:
+            # Every process comes here before one of them saves a checkpoint: a training restarted from it goes on where
+            # the run surely is.
             if session.recording is not None:
-                # A training restarted from it goes on where the run surely is.
                 session.recording.flush()
-            super().save_checkpoint(filename, extra_state)
+            super().consolidate_optimizer()
 
     return RecordedTrainer
 

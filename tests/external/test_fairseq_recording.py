@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib.util
 import re
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_the_run_is_complete_and_names_its_training(trainings: dict[str, Any], t
     inferred = ["--source-lang", "en", "--target-lang", "de"] if task == "translation" else []
     assert list(manifest.trainer.arguments) == expected + inferred
     assert Path(manifest.trainer.directory).is_dir()
-    assert (manifest.workload, manifest.batches, manifest.unrecorded_changes) == (None, "tensors", ())
+    assert (manifest.workload, manifest.batches, manifest.unrecorded_changes) == (None, "store", ())
     assert manifest.optimizer.fresh
     assert manifest.recipe["threads"] == 1
     assert training.output.splitlines()[-1] == str(training.run)
@@ -173,6 +174,20 @@ def test_a_resumed_training_is_recorded_from_its_first_new_update_with_the_optim
         assert all(torch.equal(found[index][key], entries[key]) for key in ("exp_avg", "exp_avg_sq"))
 
 
+def test_a_restarted_training_goes_on_in_the_same_run(trainings: dict[str, Any], tmp_path: Path) -> None:
+    training, run = trainings["translation"], Path(shutil.copytree(trainings["translation"].run, tmp_path / "run"))
+    resume = ["--restore-file", str(training.stock_checkpoint), "--save-dir", str(tmp_path / "out"), "--no-save"]
+    command = ["fairseq-train", "--record-dir", str(run), "--record-segment-steps", "3"]
+    assert main([*command, *training.arguments, *resume, "--max-update", "6"]) == 0
+    opened = Run(run)
+    assert [(entry.number, entry.first_step, entry.joined) for entry in opened.manifest.attempts] == [
+        (1, 0, "first"),
+        (2, 4, "verified"),
+    ]
+    assert opened.steps == [0, 1, 2, 3, 4, 5]
+    assert opened.manifest.optimizer.fresh
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -180,7 +195,7 @@ def test_a_resumed_training_is_recorded_from_its_first_new_update_with_the_optim
             ["--bf16"],
             r"--tpu, which fairseq 0\.12\.2 takes --bf16 and --memory-efficient-bf16 to mean, needs torch_xla",
         ),
-        (["--distributed-world-size", "2"], r"this training would use 2 processes; only one is recorded"),
+        (["--zero-sharding", "os"], r"--zero-sharding os: no process of this training has all parameters"),
         (["--arch", "no_such_model"], r"fairseq refuses these arguments \(its own message stands above\)"),
     ],
 )
@@ -203,7 +218,7 @@ def test_a_record_dir_that_holds_anything_is_refused_and_left_untouched(
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["fairseq-train", "--record-dir", str(tmp_path), *arguments["causal"]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"python -m recorder: error: {tmp_path} is not empty; a run is never overwritten.")
+    assert line.startswith(f"python -m recorder: error: {tmp_path} is not empty and holds no run; nothing is overwritten.")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -216,7 +231,7 @@ def test_a_full_disk_is_said_and_does_not_stop_the_training(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("recorder.recording.write_segment", full)
+    monkeypatch.setattr("recorder.growing.GrowingTensorFile.append", full)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the stock training, which it is compared with
     training, run = trainings["causal"], tmp_path / "run"
@@ -224,7 +239,7 @@ def test_a_full_disk_is_said_and_does_not_stop_the_training(
     with pytest.warns(RecorderWarning, match=r"No space left on device.*the training goes on unrecorded"):
         assert main(["fairseq-train", "--record-dir", str(run), *training.arguments, *saved]) == 0
     torch.set_num_threads(threads)
-    assert "no steps (incomplete: OSError at step 2: " in capsys.readouterr().err
+    assert "no steps (incomplete: OSError at step 0: " in capsys.readouterr().err
     mine, stock = checkpoint(tmp_path / "out" / "checkpoint_last.pt"), checkpoint(training.stock_checkpoint)
     assert all(torch.equal(mine[name], stock[name]) for name in stock)
 

@@ -194,7 +194,7 @@ def test_a_resumed_optimizers_state_is_that_of_the_attempt_that_the_run_begins_w
     expected = copy.deepcopy(training.optimizer.state_dict()["state"])
     training.train(2, 3, run)
     for attempt, factor in ((None, 1.0), (1, 0.5)):
-        found = Run(run, attempt).optimizer_state()
+        found: dict[Any, Any] | None = Run(run, attempt).optimizer_state()
         assert found is not None
         assert torch.equal(found[0]["exp_avg"], factor * expected[0]["exp_avg"])
     assert Run(run).manifest.optimizer.groups[0]["lr"] == 0.05

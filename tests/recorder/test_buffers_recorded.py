@@ -80,6 +80,27 @@ def test_buffers_of_selected_steps_are_those_of_both_their_ends(tmp_path: Path) 
         assert_buffers(run, t, seen[t])
 
 
+def test_buffers_are_those_of_the_steps_start_also_where_a_parameter_joins_late(tmp_path: Path) -> None:
+    model = normalised()
+    late = nn.Linear(3, 3)
+    model.append(late)
+    joined = 3
+    optimizer = SGD(model.parameters(), lr=0.1)
+    seen = []
+    with recorder.watch(model, optimizer, run=tmp_path / "run") as rec:
+        for step in range(6):
+            seen.append(buffers(model))
+            rec.batch([step])
+            batch = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            (model if step >= joined else model[:-1])(batch).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run = Run(tmp_path / "run")
+    assert run.segments == [(0, joined), (joined, 6)]
+    for t, expected in enumerate(seen):
+        assert_buffers(run, t, expected)
+
+
 def test_recording_the_buffers_does_not_change_them(tmp_path: Path) -> None:
     model, twin = normalised(), normalised()
     seen = train(tmp_path / "run", model)

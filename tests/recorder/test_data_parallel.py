@@ -7,22 +7,25 @@ import pytest
 import torch
 
 from recorder import growing
+from recorder.errors import UsageError
+from recorder.lock import RunLock
 from recorder.ranges import describe_ranges
-from recorder.recovery import recover
+from recorder.recovery import recover, recover_locked
 from recorder.runformat import Run
 from recorder.segments import SEGMENTS_FOLDER, list_segments
+from recorder.tensorfile import TensorFile
 from recorder.verify import verify
 from replay.__main__ import main as replay
 from replay.selfcheck import check_update
 from replay.shards import ShardFolder
 from tests.cases import workload
-from tests.two_processes import KILLED_AT, PROCESSES, STEPS, Theta, start, told
+from tests.two_processes import KILLED_AT, PROCESSES, QUOTA, STEPS, Theta, start, told
 
 pytestmark = pytest.mark.cluster
 
 TOGETHER = (
     *("whole", "unrecorded", "restarted", "refused", "joined_wrongly", "failed_before_the_first_step"),
-    *("stopped_early", "without_examples"),
+    *("stopped_early", "within_quota", "without_examples"),
     *("sharded", "sharded_unrecorded", "sharded_failing", "sharded_too_large"),
 )
 
@@ -41,7 +44,8 @@ def assert_same(found: Theta, expected: Theta) -> None:
 
 
 def assert_thetas(run: Run, seen: Sequence[Theta]) -> None:
-    assert not torch.equal(*(theta["decoder.layers.0.fc1.weight"] for theta in (seen[0], seen[-1])))
+    name = "decoder.layers.0.fc1.weight"
+    assert not torch.equal(seen[0][name], seen[-1][name])
     for t, theta in enumerate(seen):
         assert_same(run.parameters(t), theta)
 
@@ -52,9 +56,13 @@ def assert_micro_batches(folder: Path, scenario: str, steps: Sequence[int]) -> N
     for t in steps:
         micro_batches = run.step(t).micro_batches
         assert [micro_batch.rank for micro_batch in micro_batches] == [0, 0, 1, 1, 1]
-        for name, field in (("indices", lambda m: m.indices), ("random", lambda m: m.random_state["rng_cpu"])):
+        found = {
+            "indices": [micro_batch.indices for micro_batch in micro_batches],
+            "random": [micro_batch.random_state["rng_cpu"] for micro_batch in micro_batches],
+        }
+        for name, tensors in found.items():
             expected = [tensor for process in seen for tensor in process[name][t]]
-            assert all(torch.equal(field(m), tensor) for m, tensor in zip(micro_batches, expected, strict=True))
+            assert [torch.equal(*pair) for pair in zip(tensors, expected, strict=True)] == [True] * len(expected)
         assert [m.loss_sum for m in micro_batches] == [loss for process in seen for loss in process["losses"][t]]
         assert [m.predictions for m in micro_batches] == [6 * len(m.indices) for m in micro_batches]
         collated = [workload().batch(m.indices.tolist(), split="train", epoch=1) for m in micro_batches]
@@ -87,18 +95,13 @@ def test_parameters_are_those_of_the_training_and_micro_batches_those_of_every_p
 
 
 def test_the_segments_of_other_processes_hold_no_parameters(folder: Path) -> None:
-    files = {
-        rank: sum(file.stat().st_size for file in (folder / "whole" / "run" / SEGMENTS_FOLDER).glob(pattern))
-        for rank, pattern in enumerate(("*[0-9].safetensors", "*-rank1.safetensors"))
-    }
-    run = Run(folder / "whole" / "run")
-    assert all(
-        name not in (run.path / SEGMENTS_FOLDER / segment.file).read_bytes().decode("latin-1")
-        for segment in list_segments(run.path)
-        if segment.rank == 1
-        for name in run.parameters(0)
-    )
-    assert 0 < files[1]
+    run = folder / "whole" / "run"
+    kinds: dict[int, set[str]] = {0: set(), 1: set()}
+    for name in list_segments(run):
+        names = TensorFile(run / SEGMENTS_FOLDER / name.file).names
+        kinds[name.rank] |= {tensor.split("/", 1)[0] for tensor in names}
+    assert kinds[1] == {"batches", "indices", "rng_cpu"}
+    assert kinds[0] == kinds[1] | {"parameters", "coded"}
 
 
 def test_a_restarted_training_of_two_processes_replaces_the_steps_it_redoes(folder: Path) -> None:
@@ -142,6 +145,20 @@ def test_only_steps_that_every_process_recorded_count(folder: Path) -> None:
     assert [damage.lost for damage in missing] == [((3, 5),)]
 
 
+def test_the_quota_is_for_all_processes_together(folder: Path) -> None:
+    run = Run(folder / "within_quota" / "run")
+    assert "the quota is reached" in run.manifest.state
+    assert 0 < len(run.steps) < 2 * STEPS
+    assert verify(run.path).bytes <= QUOTA
+    own = [name.file for name in list_segments(run.path) if name.rank == 0]
+    # Alone it would have had room for more.
+    assert sum((run.path / SEGMENTS_FOLDER / file).stat().st_size for file in own) < QUOTA / 2
+    for rank in range(PROCESSES):
+        process = told(folder, "within_quota", rank)
+        assert ["the quota is reached" in text for text in process["warnings"]] == [True]
+        assert len(process["seen"]) == 2 * STEPS + 1
+
+
 def test_a_process_may_have_no_examples_in_a_step(folder: Path) -> None:
     run = Run(folder / "without_examples" / "run")
     assert run.steps == [0, 1]
@@ -156,6 +173,11 @@ def test_of_a_training_whose_process_was_killed_its_last_whole_steps_are_recover
     assert "RuntimeError" in Run(run).manifest.state
     assert growing.unfinished(run / SEGMENTS_FOLDER) == ["001-00000002-rank1"]
     assert Run(run).steps == [0, 1]
+    still_alive = RunLock(run, 1)
+    assert recover(run) == ""
+    with pytest.raises(UsageError, match="is being recorded into by another process"):
+        recover_locked(run)
+    still_alive.release()
     assert recover(run) == "steps 2-2"
     assert Run(run).steps == list(range(KILLED_AT))
     assert_thetas(Run(run), told(tmp_path, "killed", 0)["seen"][: KILLED_AT + 1])

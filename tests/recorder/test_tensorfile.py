@@ -200,6 +200,13 @@ def test_numpy_says_that_it_has_no_bfloat16(small: Path) -> None:
         TensorFile(small).array("half")
 
 
+def test_facts_keep_their_order(tmp_path: Path) -> None:
+    facts = {"z": 1, "a": {"y": 2, "b": 3}}
+    tensorfile.write(tmp_path / "file.safetensors", {}, facts)
+    found = TensorFile(tmp_path / "file.safetensors").facts
+    assert (list(found), list(found["a"])) == (["z", "a"], ["y", "b"])
+
+
 def test_the_header_is_plain_json_with_facts_and_checksums_as_text(small: Path) -> None:
     raw = small.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])

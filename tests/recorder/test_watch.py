@@ -241,6 +241,7 @@ def test_micro_batches_losses_and_counts_are_recorded_in_their_order(tmp_path: P
             rec.epoch = 1 + step // 2
             seen.append([])
             for position in range(step + 1):  # as many micro-batches as the step's number, and one
+                # In no alphabetical order: a model may take the values as they come.
                 batch: dict[str, Any] = {"x": torch.randn(2, 4), "weights": (None, [float("nan"), 0.5])}
                 state = torch.get_rng_state()
                 indices = [10 * step + position, 7]
@@ -260,6 +261,7 @@ def test_micro_batches_losses_and_counts_are_recorded_in_their_order(tmp_path: P
         for position, (indices, batch, state, loss_sum) in enumerate(expected):
             micro_batch = step_.micro_batches[position]
             assert_equal(micro_batch.indices, torch.tensor(indices))
+            assert list(micro_batch.batch()) == list(batch)
             assert_equal(micro_batch.batch()["x"], batch["x"])
             assert repr(micro_batch.batch()["weights"]) == repr(batch["weights"])
             assert micro_batch.checksums == {"batch.x": tensorfile.checksum(batch["x"])}
@@ -439,6 +441,33 @@ def test_a_parameter_with_a_late_first_gradient_reads_back_its_constant_value_be
         assert_equal(run.parameters(t), {name: theta[name] for name in in_ledger})
     assert torch.equal(seen[first]["late.weight"], seen[0]["late.weight"])
     assert not torch.equal(seen[first + 1]["late.weight"], seen[first]["late.weight"])
+
+
+@pytest.mark.parametrize("first", [3, 4, 6], ids=["not kept", "not kept, alone", "kept"])
+def test_a_parameter_with_its_first_gradient_between_selected_steps_is_recorded_from_then_on(
+    tmp_path: Path, first: int
+) -> None:
+    model = Branches()
+
+    def join(rec: Recording, step: int) -> None:
+        model.joined = step in (first, 9, 10)  # not again before steps 6 and 7 are recorded
+        rec.batch([step])
+
+    optimizer = SGD(model.parameters(), lr=0.1)
+    seen = [parameters(model)]
+    with recorder.watch(model, optimizer, run=tmp_path / "run", steps="0:3,6:8,10:12") as rec:
+        for step in range(13):
+            join(rec, step)
+            forward_and_backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(parameters(model))
+    run = Run(tmp_path / "run")
+    assert run.manifest.unrecorded_changes == ()
+    in_ledger = [parameter.name for parameter in run.manifest.trained]
+    assert "late.weight" in in_ledger
+    for t in (0, 1, 2, 3, 6, 7, 8, 10, 11, 12):
+        assert_equal(run.parameters(t), {name: seen[t][name] for name in in_ledger})
 
 
 def test_a_tensor_with_a_gradient_that_no_optimizer_updates_is_untrained(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How often each promise is put to the test: few times in the test suite, as often as promised by `make reliability`."""
+"""How often each promise is put to the test: a few times in the test suite, all the times in `make reliability`."""
 
 from __future__ import annotations
 

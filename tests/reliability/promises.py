@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 PROMISES = {
     "R1": "a training killed at any moment leaves whole steps, and every step that was safe",
     "R2": "so does one killed at any system call of a commit",
@@ -41,13 +43,15 @@ class Tally:
         self.tried += 1
         try:
             yield
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             self.broken.append(f"{name}: {traceback.format_exc()}")
             if len(self.broken) >= _ENOUGH:
                 self._tell()
 
     def _tell(self) -> None:
-        assert not self.broken, f"{self.row}: {len(self.broken)} of {self.tried} cases broken\n" + "\n".join(self.broken)
+        assert not self.broken, f"{self.row}: {len(self.broken)} of {self.tried} cases broken\n" + "\n".join(
+            self.broken
+        )
 
     @contextmanager
     def counted(self, record: Callable[[str, Any], None]) -> Iterator[Tally]:

@@ -15,16 +15,11 @@ import pytest
 from recorder import recovery
 from recorder.manifest import MANIFEST_FILE
 from recorder.runformat import Run
+from tests.reliability.children import WIDE, train_on_a_disk_of_its_own, train_to_the_end, train_with_a_largest_file
 from tests.reliability.conftest import Promise
 from tests.reliability.counts import DISK_SIZES, FAILING_CALLS, SEED
-from tests.reliability.trainings import (
-    WIDE,
-    assert_prefix,
-    expected_states,
-    train_on_a_disk_of_its_own,
-    train_to_the_end,
-    train_with_a_largest_file,
-)
+from tests.reliability.readings import assert_prefix
+from tests.reliability.trainings import expected_states
 from tests.reliability.warm import WarmProcess
 
 _STEPS = 60
@@ -69,7 +64,6 @@ def test_a_disk_that_fills_up_ends_the_recording_and_not_the_training(
             with tally.case(options):
                 warm_in_own_mounts.run(train_on_a_disk_of_its_own, options, disk, saved, result, _STEPS)
                 endings.append(_check(saved, result, states))
-                print(options, endings[-1])
             shutil.rmtree(saved, ignore_errors=True)
         assert "complete" in endings  # the largest disk held it all
         assert len({ending for ending in endings if "No space left on device" in ending}) >= DISK_SIZES // 2
@@ -85,7 +79,7 @@ def test_a_largest_size_of_a_file_ends_the_recording_and_not_the_training(
             with tally.case(f"{size} bytes"):
                 run, result = tmp_path / f"run{size}", tmp_path / f"result{size}"
                 warm.run(train_with_a_largest_file, size, run, result, _STEPS)
-                print(size, _check(run, result, states))
+                _check(run, result, states)
 
 
 class _FailingSystem:
@@ -115,7 +109,6 @@ class _FailingSystem:
 
 
 @pytest.mark.parametrize("for_ever", [False, True], ids=["once", "from then on"])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_any_call_to_the_system_may_fail_without_harm_to_the_training(
     tmp_path: Path, promise: Promise, for_ever: bool
 ) -> None:

@@ -12,18 +12,13 @@ import pytest
 import recorder
 from recorder import recovery
 from recorder.manifest import MANIFEST_FILE
+from tests.reliability.children import train
 from tests.reliability.conftest import Promise
 from tests.reliability.counts import KILLS, SEED
-from tests.reliability.trainings import (
-    DTYPES,
-    OPTIMIZERS,
-    Oracle,
-    assert_prefix,
-    build,
-    expected_states,
-    train,
-)
+from tests.reliability.readings import assert_prefix
+from tests.reliability.trainings import DTYPES, OPTIMIZERS, Oracle, build, expected_states
 from tests.reliability.warm import WarmProcess, wait_until
+
 pytestmark = pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning")
 
 _LONGEST_LIFE = 0.35

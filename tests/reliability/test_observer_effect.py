@@ -24,7 +24,9 @@ _STEPS = 6
 _EVERY_COMBINATION = [
     tuple(itertools.compress(_HABITS, chosen)) for chosen in itertools.product([False, True], repeat=len(_HABITS))
 ]
-_COMBINATIONS = _EVERY_COMBINATION if ALL_CONFIGURATIONS else [(), ("batch norm",), ("accumulation", "dropout"), _HABITS]
+_COMBINATIONS = (
+    _EVERY_COMBINATION if ALL_CONFIGURATIONS else [(), ("batch norm",), ("accumulation", "dropout"), _HABITS]
+)
 
 
 @pytest.mark.parametrize("habits", _COMBINATIONS, ids=lambda habits: "+".join(habits) or "plain")

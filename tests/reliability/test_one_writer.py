@@ -14,17 +14,11 @@ import recorder
 from recorder import recovery, runfolder
 from recorder.errors import UsageError
 from recorder.runformat import Run
+from tests.reliability.children import hold, hold_after_children, race
 from tests.reliability.conftest import Promise
 from tests.reliability.counts import WRITERS
-from tests.reliability.trainings import (
-    assert_prefix,
-    build,
-    expected_states,
-    hold,
-    hold_after_children,
-    race,
-    update,
-)
+from tests.reliability.readings import assert_prefix
+from tests.reliability.trainings import build, expected_states, update
 from tests.reliability.warm import WarmProcess, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning")
@@ -101,7 +95,7 @@ def test_of_two_recorders_that_begin_at_once_one_records(tmp_path: Path, promise
                 wait_until(lambda: all(result.exists() and result.read_text() for result in results))  # noqa: B023
                 told = sorted(result.read_text() for result in results)
                 for pid in pids:
-                    if os.path.exists(f"/proc/{pid}"):
+                    if Path(f"/proc/{pid}").exists():
                         os.kill(pid, signal.SIGKILL)
                     warm.wait(pid)
                 assert "is being recorded into by another process" in told[0]

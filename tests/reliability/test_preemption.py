@@ -13,18 +13,11 @@ import recorder
 from recorder.errors import JoinError
 from recorder.lock import LOCK_FILE
 from recorder.runformat import Run
+from tests.reliability.children import train_with_checkpoints
 from tests.reliability.conftest import Promise
 from tests.reliability.counts import PREEMPTIONS, SEED
-from tests.reliability.trainings import (
-    DTYPES,
-    OPTIMIZERS,
-    assert_prefix,
-    build,
-    expected_states,
-    load,
-    train_with_checkpoints,
-    update,
-)
+from tests.reliability.readings import assert_prefix
+from tests.reliability.trainings import DTYPES, OPTIMIZERS, build, expected_states, load, update
 from tests.reliability.warm import WarmProcess
 
 pytestmark = pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning")
@@ -45,7 +38,9 @@ def test_a_training_restarted_from_its_checkpoint_leaves_the_timeline_of_one_tha
     tmp_path: Path, promise: Promise, warm: WarmProcess
 ) -> None:
     run, checkpoint = tmp_path / "run", tmp_path / "checkpoint"
-    expected = {pair: expected_states(*pair, _STEPS) for pair in ((name, dtype) for name in OPTIMIZERS for dtype in DTYPES)}
+    expected = {
+        pair: expected_states(*pair, _STEPS) for pair in ((name, dtype) for name in OPTIMIZERS for dtype in DTYPES)
+    }
     chance = random.Random(SEED)
     with promise("R7", SEED) as tally:
         for number in range(PREEMPTIONS):

@@ -16,22 +16,23 @@ import pytest
 import recorder
 from recorder import recovery
 from recorder.manifest import MANIFEST_FILE
+from tests.reliability.children import train, train_inline, train_threaded
 from tests.reliability.conftest import Promise
 from tests.reliability.counts import CALL_STRIDE, KILLED_CALLS, SEED
-from tests.reliability.trainings import Oracle, assert_prefix, build, expected_states, train, train_inline, train_threaded
+from tests.reliability.readings import assert_prefix
+from tests.reliability.trainings import Oracle, build, expected_states
 from tests.reliability.warm import WarmProcess, wait_until
 
-_CALLS = (
-    "openat write pwrite64 fsync ftruncate close rename renameat renameat2 unlink unlinkat mkdir mkdirat "
-    "chmod fchmod fchmodat flock"
-).split()
-_ALL = ",".join(f"?{call}" for call in _CALLS)  # not every system has them all
+_FILES = ["openat", "close", "rename", "renameat", "renameat2", "unlink", "unlinkat", "mkdir", "mkdirat", "flock"]
+_CONTENTS = ["write", "pwrite64", "fsync", "ftruncate", "chmod", "fchmod", "fchmodat"]
+_ALL = ",".join(f"?{call}" for call in _FILES + _CONTENTS)  # not every system has them all
 _STEPS = 5
 
 
 def _strace_works() -> bool:
-    strace = shutil.which("strace")
-    return bool(strace) and not subprocess.run([strace, "-o", os.devnull, "true"], check=False, capture_output=True).returncode
+    if shutil.which("strace") is None:
+        return False
+    return subprocess.run(["strace", "-o", os.devnull, "true"], check=False, capture_output=True).returncode == 0
 
 
 pytestmark = [

@@ -38,7 +38,11 @@ class WarmProcess:
     def start(self, function: Callable[..., None], *arguments: Any) -> int:
         """Call a function in a new process, with arguments that JSON can hold or paths; return its process id."""
         return self._ask(
-            {"module": function.__module__, "function": function.__qualname__, "arguments": list(map(_plain, arguments))}
+            {
+                "module": function.__module__,
+                "function": function.__qualname__,
+                "arguments": [str(argument) if isinstance(argument, Path) else argument for argument in arguments],
+            }
         )
 
     def wait(self, pid: int) -> int:
@@ -76,15 +80,11 @@ def wait_until(reached: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
-def _plain(argument: Any) -> Any:
-    return str(argument) if isinstance(argument, Path) else argument
-
-
 def _call(request: dict[str, Any]) -> None:
     code = 1
     try:
         os.dup2(2, 1)
-        with open(os.devnull) as nothing:
+        with Path(os.devnull).open() as nothing:
             os.dup2(nothing.fileno(), 0)
         function = getattr(importlib.import_module(request["module"]), request["function"])
         function(*request["arguments"])
@@ -99,7 +99,7 @@ def _call(request: dict[str, Any]) -> None:
 def _serve() -> None:
     import torch._dynamo  # the first update of any optimizer imports it
 
-    import tests.reliability.trainings  # noqa: F401
+    import tests.reliability.children  # noqa: F401
 
     torch.set_num_threads(1)
     running = set()
