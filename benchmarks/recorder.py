@@ -69,7 +69,7 @@ def _measure_case(case: str, options: argparse.Namespace, scratch: Path) -> Over
             return compare(GpuTraining) if torch.cuda.is_available() else None
         case _:
             text = tokens_of(options.text, 8000, scratch)
-            training = LanguageModelTraining(text, vocabulary=8000, layers=6, sequences=16)
+            training = LanguageModelTraining(text, vocabulary=8000, layers=6, sequences=8)
             return storedshare.measure(training, first=SETTLED, steps=steps, scratch=scratch)
 
 
