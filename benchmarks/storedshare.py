@@ -15,7 +15,7 @@ import torch
 from benchmarks.trainings import Training
 from recorder.codec import StepCoder
 from recorder.layout import PARAMETERS, Layout, Slot, bits
-from recorder.recording import NARROW_SEGMENT_STEPS, SEGMENT_STEPS
+from recorder.capture import NARROW_SEGMENT_STEPS, SEGMENT_STEPS
 from recorder.segments import Segment, list_segments, segment_file
 from recorder.segmentwriter import SegmentWriter, State
 from recorder.steps import Step

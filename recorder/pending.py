@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from recorder import batches, tensorfile
+from recorder.errors import UsageError
 from recorder.steps import MicroBatch, Step
+from recorder.watched import Watched
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -94,6 +96,105 @@ class Announced:
             loss_sum=None if self.loss_sum is None else float(self.loss_sum),
             predictions=None if self.predictions is None else float(self.predictions),
         )
+
+
+class Pending:
+    """The micro-batches announced since the last step, and the doubt whether they still belong to the next.
+
+    A gradient scaler may skip an update, and no hook tells. Then their gradients are gone when the next micro-batch is
+    announced; or, where the loop zeroes them only after that, they are not finite then and will be at the next step.
+
+    Parameters
+    ----------
+    watched
+        Model and optimizer.
+
+    Attributes
+    ----------
+    autocast : str or None
+        The dtype that torch computed in, where it was another than the parameters'.
+    """
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        self._entries: list[Announced] = []
+        self._doubted = 0
+        self._passed_over = False
+        self.autocast: str | None = None
+
+    def announce(self, indices: Iterable[int] | torch.Tensor | None, batch: Any) -> bool:
+        """Add a micro-batch, just before its forward pass.
+
+        Parameters
+        ----------
+        indices, batch
+            As for `Announced.of`.
+
+        Returns
+        -------
+        bool
+            Whether it is the first of its step.
+        """
+        self.autocast = self._watched.autocast() or self.autocast
+        # Several forward passes may share one backward pass: only gradients that were there can be dropped.
+        if self._entries and self._watched.backward_seen:
+            if self._watched.gradients_dropped():
+                self.clear()
+            elif not self._watched.gradients_finite():
+                self._doubted = len(self._entries)
+        self._watched.backward_seen = False
+        self._entries.append(Announced.of(indices, batch, self._watched.random_state()))
+        return len(self._entries) == 1
+
+    def pass_over(self) -> None:
+        """Note a micro-batch of a step that is not recorded."""
+        self._passed_over = True
+
+    def tell_loss(self, loss_sum: torch.Tensor | float, predictions: torch.Tensor | float) -> None:
+        """Add the loss of the micro-batch announced last.
+
+        Parameters
+        ----------
+        loss_sum, predictions
+            Summed over predictions, in nats; and their number.
+
+        Raises
+        ------
+        UsageError
+            If no micro-batch was announced.
+        """
+        if self._passed_over and not self._entries:
+            return
+        if not self._entries:
+            message = "Recording.loss was called before Recording.batch announced a micro-batch"
+            raise UsageError(message)
+        self.autocast = self._watched.autocast() or self.autocast
+        self._entries[-1].loss_sum = to_host(loss_sum)
+        self._entries[-1].predictions = to_host(predictions)
+
+    def settle_doubt(self) -> None:
+        """Drop, just before the optimizer steps, those whose gradients are no longer in what it uses."""
+        if self._doubted and self._watched.gradients_finite():
+            del self._entries[: self._doubted]
+        self._doubted = 0
+
+    def take(self) -> list[Announced]:
+        """Give those of the step that has just happened.
+
+        Returns
+        -------
+        list of Announced
+            In their order; none are left.
+        """
+        taken = self._entries
+        self.clear()
+        return taken
+
+    def clear(self) -> None:
+        """Drop all of them."""
+        self._entries = []
+        self._doubted = 0
+        self._passed_over = False
 
 
 def finisher(announced: Iterable[Announced], *, store: bool, **facts: Any) -> Callable[[], Step]:

@@ -19,22 +19,19 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
 import torch
 
-from recorder import pending
+from recorder.capture import Capture
 from recorder.errors import JoinError, UsageError
 from recorder.estimate import describe_cost
-from recorder.layout import BUFFERS, PARAMETERS, Layout, Slot
+from recorder.layout import Layout
 from recorder.lock import RunLock
 from recorder.modelbuffers import ModelBuffers
 from recorder.parameters import warn_of_unmapped
-from recorder.pending import Announced
+from recorder.pending import Pending, finisher
 from recorder.processes import from_all, in_first, this_process
 from recorder.runfolder import RunFolder
-from recorder.segmentwriter import QuotaReached, SegmentWriter, State
+from recorder.segmentwriter import QuotaReached
 from recorder.selection import StepSelection
-from recorder.sharded import whole
-from recorder.staging import Staging
 from recorder.watched import Watched
-from recorder.writer import BackgroundWriter
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -44,12 +41,6 @@ P = ParamSpec("P")
 
 GRADIENT_NORMS = 3
 """First steps whose gradient norm is recorded: those that replay's self-check does again."""
-
-SEGMENT_STEPS = 64
-"""Steps to a segment: its first parameters are stored whole, 1.6 % of every step's."""
-
-NARROW_SEGMENT_STEPS = 128
-"""For 16-bit parameters, whose differences are far smaller than they are."""
 
 UNRECORDED_EVERY = 64
 """Steps between two looks at what must not change."""
@@ -119,13 +110,8 @@ class Recording:
         self._state = "recording"
         self._rank, self._processes = this_process()
         self._meets = self._processes > 1
-        self._pending: list[Announced] = []
-        self._doubted = 0
-        self._autocast: str | None = None
-        self._announced_unkept = False
-        self._writer: BackgroundWriter | None = None
-        self._staging: Staging | None = None
-        self._staged: int | None = None
+        self._pending = Pending(watched)
+        self._capture = Capture(watched, buffers, parameters_too=folder is not None)
         self._recorded_steps = 0
         self._learning_rates: tuple[float, ...] = ()
         self._gradient_norm: float | None = None
@@ -140,7 +126,7 @@ class Recording:
     @property
     def waited(self) -> float:
         """Seconds that the training has waited for the writer to give a copy's memory back."""
-        return self._staging.waited if self._staging else 0.0
+        return self._capture.waited
 
     def __enter__(self) -> Recording:
         return self
@@ -164,24 +150,10 @@ class Recording:
             replay need not collate it again; without it, the workload collates the indices.
         """
         if not self._steps.keeps(self._next_step):
-            self._announced_unkept = True
+            self._pending.pass_over()
             return
-        self._autocast = self._watched.autocast() or self._autocast
-        if self._pending and self._watched.backward_seen:
-            self._doubt_pending()
-        if not self._pending:
+        if self._pending.announce(indices, batch):
             self._buffers.keep()
-        self._watched.backward_seen = False
-        self._pending.append(Announced.of(indices, batch, self._watched.random_state()))
-
-    def _doubt_pending(self) -> None:
-        # A gradient scaler may have skipped the update that they were for, and no hook tells. Then their gradients
-        # are gone, or, where the loop zeroes them only now, they are not finite and will be at the next step.
-        if self._watched.gradients_dropped():
-            self._pending.clear()
-            self._doubted = 0
-        elif not self._watched.gradients_finite():
-            self._doubted = len(self._pending)
 
     @_harmless
     def loss(self, loss_sum: torch.Tensor | float, predictions: torch.Tensor | float) -> None:
@@ -192,27 +164,13 @@ class Recording:
         loss_sum
             The loss summed over predictions, in nats.
         predictions
-            Number of predictions it is summed over.
-
-        Raises
-        ------
-        UsageError
-            If no micro-batch was announced.
+            Number of predictions it is summed over. It is a mistake to call this before `batch`.
         """
-        if self._announced_unkept and not self._pending:
-            return
-        if not self._pending:
-            message = "Recording.loss was called before Recording.batch announced a micro-batch"
-            raise UsageError(message)
-        self._autocast = self._watched.autocast() or self._autocast
-        self._pending[-1].loss_sum = pending.to_host(loss_sum)
-        self._pending[-1].predictions = pending.to_host(predictions)
+        self._pending.tell_loss(loss_sum, predictions)
 
     def forget_pending(self) -> None:
         """Drop the micro-batches announced since the last step: the update they were for did not happen."""
         self._pending.clear()
-        self._doubted = 0
-        self._announced_unkept = False
 
     @_harmless
     def flush(self) -> None:
@@ -220,9 +178,7 @@ class Recording:
 
         Of several processes each calls it for its own part.
         """
-        if self._writer is not None:
-            self._writer.flush()
-            self._raise_failure()
+        self._capture.flush()
 
     def close(self, interrupted: str | None = None) -> None:
         """Write what is left and end the recording; a second call does nothing.
@@ -247,46 +203,33 @@ class Recording:
     @_harmless
     def _finish(self, state: str) -> None:
         self._warn_of_unrecorded()
-        if self._writer is not None:
-            self._writer.close()
-            self._raise_failure()
+        self._capture.close()
+        self._capture.raise_failure()
         self._state = state
         if self._folder is not None:
             warn_of_unmapped(self._watched.table)
-            self._folder.write(state=state, stop=self._stop())
-        if self._writer is not None:
-            LOG.info("%s", self._outcome(self._writer))
-
-    def _outcome(self, writer: BackgroundWriter) -> str:
-        steps = max(self._recorded_steps, 1)
-        return (
-            f"recorded {self._recorded_steps} steps into {self.run}: {writer.bytes / steps / 1e6:.3g} MB a step; "
-            f"coding and writing took {writer.busy / steps * 1e3:.3g} ms a step beside the training, "
-            f"which waited {self.waited:.3g} s for it"
-        )
-
-    def _stop(self) -> int | None:
-        return self._writer.stop if self._writer else None
-
-    def _raise_failure(self) -> None:
-        if self._writer is not None and self._writer.failure is not None:
-            raise self._writer.failure
+            self._folder.write(state=state, stop=self._capture.stop)
+        if self._capture.begun:
+            LOG.info(
+                "recorded %d steps into %s: %s",
+                self._recorded_steps,
+                self.run,
+                self._capture.cost(self._recorded_steps),
+            )
 
     def _end(self, error: Exception) -> None:
         reason = (str(error).splitlines() or [""])[0]  # torch's messages can run to pages
-        failed_at = self._writer.failed_at if self._writer and self._writer.failed_at is not None else self._next_step
+        failed_at = self._next_step if self._capture.failed_at is None else self._capture.failed_at
         kind = "the quota is reached" if isinstance(error, QuotaReached) else type(error).__name__
         self._state = f"incomplete: {kind} at step {failed_at}: {reason}"
         self._pending.clear()
         # Whatever failed may fail again, a full disk for one; the caller tells the user, and the training goes on.
         with suppress(Exception):
-            if self._writer is not None:
-                self._writer.close()
-        self._staging = None
+            self._capture.close()
         if self._folder is not None:
             self._folder.drop_ballast()
             with suppress(Exception):
-                self._folder.write(state=self._state, stop=self._stop())
+                self._folder.write(state=self._state, stop=self._capture.stop)
         self._release()
 
     def _give_up(self, error: Exception) -> None:
@@ -327,7 +270,7 @@ class Recording:
 
     @_harmless
     def _notice_failure(self) -> None:
-        self._raise_failure()
+        self._capture.raise_failure()
 
     @_harmless
     def _end_with(self, ended: list[str]) -> None:
@@ -340,28 +283,21 @@ class Recording:
             return
         if not self._steps.keeps(self._next_step):
             # What moves between the steps that are kept has to be in the next of them.
-            if self._writer is not None and self._watched.find_first_gradients():
+            if self._capture.begun and self._watched.find_first_gradients():
                 self._write_table()
             return
-        if self._doubted and self._watched.gradients_finite():
-            del self._pending[: self._doubted]
-        self._doubted = 0
+        self._pending.settle_doubt()
         self._learning_rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
-        if self._writer is None:
+        if not self._capture.begun:
             self._begin()
-        late = self._watched.find_first_gradients()
-        stale = late or self._staged != self._next_step
+        joined = self._watched.find_first_gradients()
         self._gradient_norm = None
         if self._gradient_norms_left:
             self._gradient_norms_left -= 1
             self._gradient_norm = self._watched.gradient_norm()
-        tensors = self._tensors(at_start=True) if stale else []
-        if late:
+        if joined:
             self._write_table()
-        if self._staging is not None:
-            self._staging.before_update()
-        if stale:
-            self._put(self._stage(self._next_step, tensors), None)
+        self._capture.before_step(self._next_step, changed=joined)
 
     def _begin(self) -> None:
         self._meets = self._meets and self._watched.sharded
@@ -369,14 +305,13 @@ class Recording:
             run_id, attempt = in_first(self._begin_attempt)
         if self._folder is None:
             self._settle()
-            self._start_writer(run_id, attempt, Layout(()))
+            self._start_writer(run_id, attempt)
 
     def _begin_attempt(self) -> tuple[str, int]:
         assert self._folder is not None
         self._settle()
-        manifest = self._folder.begin(self._watched, self._buffers, self._next_step, self._autocast)
-        layout = self._layout()
-        self._start_writer(manifest.run_id, manifest.attempt.number, layout)
+        manifest = self._folder.begin(self._watched, self._buffers, self._next_step, self._pending.autocast)
+        layout = self._start_writer(manifest.run_id, manifest.attempt.number)
         LOG.info("%s", describe_cost(layout, self._steps, self._next_step, self.run))
         return manifest.run_id, manifest.attempt.number
 
@@ -384,42 +319,13 @@ class Recording:
         self._buffers.settle()
         self._watched.settle_table(recorded_buffers=self._buffers.changing)
 
-    def _start_writer(self, run_id: str, attempt: int, layout: Layout) -> None:
-        segment_steps = self._segment_steps or _segment_steps(layout)
-        segments = SegmentWriter(self.run, run_id, attempt, self._rank, segment_steps, self._quota_left())
-        self._writer = BackgroundWriter(segments)
+    def _start_writer(self, run_id: str, attempt: int) -> Layout:
+        return self._capture.begin(self.run, run_id, attempt, self._rank, self._segment_steps, self._quota_left())
 
     def _quota_left(self) -> int | None:
         if self._quota is None:
             return None
         return self._quota - sum(file.stat().st_size for file in self.run.rglob("*") if file.is_file())
-
-    def _tensors(self, *, at_start: bool = False) -> list[tuple[str, str, torch.Tensor]]:
-        # Where parameters are sharded, all processes put them together now.
-        buffers = self._buffers.at_start() if at_start else self._buffers.now()
-        return [
-            *((PARAMETERS, name, whole(tensor)) for name, tensor in self._watched.live().items()),
-            *((BUFFERS, name, tensor) for name, tensor in buffers.items()),
-        ]
-
-    def _layout(self) -> Layout:
-        parameters = [Slot.of(PARAMETERS, name, tensor) for name, tensor in self._watched.live().items()]
-        buffers = [Slot.of(BUFFERS, name, tensor) for name, tensor in self._buffers.at_start().items()]
-        return Layout((*parameters, *buffers))
-
-    def _stage(self, number: int, tensors: list[tuple[str, str, torch.Tensor]]) -> State | None:
-        if self._folder is None:
-            return None
-        layout = Layout(tuple(Slot.of(*entry) for entry in tensors))
-        if self._staging is None or self._staging.layout != layout:
-            self._staging = Staging(layout, self._watched.device)
-        return self._staging.copy(number, [tensor for _, _, tensor in tensors])
-
-    def _put(self, state: State | None, step: Callable[[], Any] | None) -> None:
-        assert self._writer is not None
-        if state is not None or step is not None:
-            self._writer.put(state, step)
-        self._staged = self._next_step
 
     @_harmless
     def _after_step(self) -> None:
@@ -427,20 +333,19 @@ class Recording:
             self.forget_pending()
             return
         step = self._next_step
-        self._announced_unkept = False
         if not self._steps.keeps(step):
+            self._pending.clear()
             self._next_step += 1
             return
-        tensors = self._tensors()
-        if not self._pending:
+        record = self._capture.after_step(step)
+        announced = self._pending.take()
+        if not announced:
             message = f"step {step} had no micro-batch: call Recording.batch before each forward pass"
             raise UsageError(message)
-        state = self._stage(step + 1, tensors)
         self._next_step += 1
-        self._put(
-            state,
-            pending.finisher(
-                (entry for entry in self._pending if entry.has_examples or self._processes == 1),
+        record(
+            finisher(
+                (entry for entry in announced if entry.has_examples or self._processes == 1),
                 store=self._store_tensors,
                 step=step,
                 epoch=self.epoch,
@@ -449,7 +354,6 @@ class Recording:
                 gradient_norm=self._gradient_norm,
             ),
         )
-        self._pending = []
         self._recorded_steps += 1
         if self._recorded_steps % UNRECORDED_EVERY == 0:
             self._warn_of_unrecorded()
@@ -469,8 +373,3 @@ class Recording:
     def _write_table(self) -> None:
         if self._folder is not None:
             self._folder.write(parameters=self._watched.table)
-
-
-def _segment_steps(layout: Layout) -> int:
-    narrow = all(dtype in {"float16", "bfloat16"} for dtype in layout.sizes)
-    return NARROW_SEGMENT_STEPS if narrow and layout.sizes else SEGMENT_STEPS

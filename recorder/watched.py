@@ -82,7 +82,7 @@ class Watched:
         self.unrecorded_changes: set[str] = set()
         self.backward_seen = False
         self._hooks = [
-            tensor.register_post_accumulate_grad_hook(self._notice_backward)
+            tensor.register_post_accumulate_grad_hook(self._notice_backward)  # type: ignore[no-untyped-call]
             for tensor in tensors.values()
             if tensor.requires_grad
         ]

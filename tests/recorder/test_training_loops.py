@@ -111,7 +111,7 @@ def trained(
         [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.3, "momentum": 0.9}]  # type: ignore[index]
     )
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
     seen = [nn.utils.parameters_to_vector(model.parameters()).clone()]
     rec = recorder.watch(model, optimizer, run=run, strict=True) if run else None
     for step in range(5):

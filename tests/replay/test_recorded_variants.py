@@ -85,7 +85,7 @@ def record_normalised(run: Path, steps: int = 4) -> list[dict[str, torch.Tensor]
             rec.batch(indices, batch)
             loss_sum, count = task.loss(model, batch)
             rec.loss(loss_sum, count)
-            (loss_sum / count).backward()
+            (loss_sum / count).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
@@ -160,7 +160,7 @@ def _restarted(run: Path, first: int, steps: int) -> None:
             rec.batch(indices, batch)
             loss_sum, count = task.loss(model, batch)
             rec.loss(loss_sum, count)
-            (loss_sum / count).backward()
+            (loss_sum / count).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
 
