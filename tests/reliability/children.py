@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import recorder
-from recorder import recording
+from recorder import capture
 from recorder.errors import UsageError
 from recorder.recording import RecorderWarning
 from recorder.writer import BackgroundWriter
@@ -40,7 +40,8 @@ class InlineWriter(BackgroundWriter):
 
 def in_one_thread() -> None:
     """Let all recordings of this process write in the training's thread."""
-    vars(recording)["BackgroundWriter"] = InlineWriter
+    assert "BackgroundWriter" in vars(capture)
+    vars(capture)["BackgroundWriter"] = InlineWriter
 
 
 def train(

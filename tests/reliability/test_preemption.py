@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import recorder
 from recorder.errors import JoinError
@@ -17,7 +18,7 @@ from tests.reliability.children import train_with_checkpoints
 from tests.reliability.conftest import Promise
 from tests.reliability.counts import PREEMPTIONS, SEED
 from tests.reliability.readings import assert_prefix
-from tests.reliability.trainings import DTYPES, OPTIMIZERS, build, expected_states, load, update
+from tests.reliability.trainings import DTYPES, OPTIMIZERS, build, expected_states, load, trained, update
 from tests.reliability.warm import WarmProcess
 
 pytestmark = pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning")
@@ -94,6 +95,6 @@ def test_a_wrong_checkpoint_is_refused_and_nothing_of_the_run_is_changed(
                 assert _files(run) == before
 
 
-def _flip_a_bit(model: torch.nn.Module, chance: random.Random) -> None:
-    tensor = chance.choice([tensor for name, tensor in model.named_parameters()]).detach().view(torch.int32).view(-1)
+def _flip_a_bit(model: nn.Module, chance: random.Random) -> None:
+    tensor = chance.choice(list(trained(model).values())).view(torch.int32).view(-1)
     tensor[chance.randrange(len(tensor))] ^= 1 << chance.randrange(31)
