@@ -25,7 +25,7 @@ import torch
 from recorder import durable, runformat, tensorfile
 from recorder.errors import JoinError, UsageError
 from recorder.lock import LOCK_FILE, RunLock
-from recorder.manifest import FORMAT, MANIFEST_FILE, VERSION, Attempt, Manifest, Trainer
+from recorder.manifest import MANIFEST_FILE, Attempt, Manifest, Trainer
 from recorder.processes import this_process
 from recorder.ranges import describe_ranges
 from recorder.recipe import current_recipe
@@ -168,17 +168,18 @@ class RunFolder:
         )
         (self.path / SEGMENTS_FOLDER).mkdir(exist_ok=True)
         replaces_all = self._before is None or not self._before.steps or self._first_step <= self._before.steps[0]
+        run_id = self._before.manifest.run_id if self._before else uuid.uuid4().hex
         state = watched.optimizer_state()
         if replaces_all and state:
-            runformat.write_optimizer_state(self.path, state, attempt.number)
+            runformat.write_optimizer_state(self.path, run_id, state, attempt.number)
         optimizer, recipe = watched.optimizer_facts(), current_recipe(watched.device)
         if autocast is not None:
             recipe = {**recipe, "autocast": autocast}
         if self._before is None:
-            once = {"format": FORMAT, "version": VERSION, "kind": "untrained"}
+            once = runformat.once("untrained", run_id)
             tensorfile.write(self.path / runformat.UNTRAINED_FILE, watched.copies(trained=False), once)
             self.manifest = Manifest(
-                run_id=uuid.uuid4().hex,
+                run_id=run_id,
                 path="recorded",
                 workload=self._settings.workload,
                 trainer=self._settings.trainer,

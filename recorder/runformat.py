@@ -45,7 +45,25 @@ def optimizer_file(attempt: int) -> str:
     return "optimizer.safetensors" if attempt == 1 else f"optimizer-{attempt:03d}.safetensors"
 
 
-def open_once(path: Path, kind: str) -> tensorfile.TensorFile:
+def once(kind: str, run_id: str) -> dict[str, Any]:
+    """Make the facts of a file of what is recorded once.
+
+    Parameters
+    ----------
+    kind
+        ``untrained`` or ``optimizer``.
+    run_id
+        The run it belongs to.
+
+    Returns
+    -------
+    dict
+        For its header.
+    """
+    return {"format": FORMAT, "version": VERSION, "kind": kind, "run_id": run_id}
+
+
+def open_once(path: Path, kind: str, run_id: str) -> tensorfile.TensorFile:
     """Open a file of what is recorded once.
 
     Parameters
@@ -54,6 +72,8 @@ def open_once(path: Path, kind: str) -> tensorfile.TensorFile:
         The file.
     kind
         ``untrained`` or ``optimizer``.
+    run_id
+        The run it must belong to.
 
     Returns
     -------
@@ -63,12 +83,13 @@ def open_once(path: Path, kind: str) -> tensorfile.TensorFile:
     Raises
     ------
     DamagedFileError
-        If it is of another kind, format or version.
+        If it is of another kind, format, version or run.
     """
     file = tensorfile.TensorFile(path)
-    expected, found = (FORMAT, VERSION, kind), tuple(file.facts.get(key) for key in ("format", "version", "kind"))
+    expected = once(kind, run_id)
+    found = {key: file.facts.get(key) for key in expected}
     if found != expected:
-        message = f"{path}: expected format, version and kind {expected}, found {found}: another file under this name"
+        message = f"{path}: expected {expected}, found {found}: another file under this name"
         raise DamagedFileError(message)
     return file
 
@@ -261,7 +282,7 @@ class Run:
             Name to tensor in host memory.
         """
         if self._untrained is None:
-            file = open_once(self.path / UNTRAINED_FILE, "untrained")
+            file = open_once(self.path / UNTRAINED_FILE, "untrained", self.manifest.run_id)
             self._untrained = {name: file.tensor(name) for name in file.names}
         return self._untrained
 
@@ -275,7 +296,8 @@ class Run:
         """
         if self.manifest.optimizer.fresh or not self._timeline:
             return None
-        file = open_once(self.path / optimizer_file(self._timeline[0].segment.attempt), "optimizer")
+        attempt = self._timeline[0].segment.attempt
+        file = open_once(self.path / optimizer_file(attempt), "optimizer", self.manifest.run_id)
         state: dict[Any, dict[str, Any]] = {}
         for name in file.names:
             index, key = name.split("/", 1)
@@ -332,13 +354,13 @@ def _within(parts: Sequence[Part], ranges: Sequence[tuple[int, int]]) -> list[Pa
     return [part for part in cut if part.start < part.stop]
 
 
-def write_optimizer_state(run: Path, state: Mapping[int, Mapping[str, Any]], attempt: int) -> None:
+def write_optimizer_state(run: Path, run_id: str, state: Mapping[int, Mapping[str, Any]], attempt: int) -> None:
     """Write an optimizer's state, tensors and plain numbers.
 
     Parameters
     ----------
-    run
-        The run's folder.
+    run, run_id
+        The run's folder, and its identity.
     state
         As ``optimizer.state_dict()["state"]``.
     attempt
@@ -352,5 +374,4 @@ def write_optimizer_state(run: Path, state: Mapping[int, Mapping[str, Any]], att
                 tensors[f"{index}/{key}"] = value.detach().cpu()
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    facts = {"format": FORMAT, "version": VERSION, "kind": "optimizer", "scalars": scalars}
-    tensorfile.write(run / optimizer_file(attempt), tensors, facts)
+    tensorfile.write(run / optimizer_file(attempt), tensors, {**once("optimizer", run_id), "scalars": scalars})

@@ -128,7 +128,7 @@ def _damaged_once(path: Path, manifest: Manifest, progress: Callable[[Path], Non
     for name, kind in expected.items():
         progress(path / name)
         try:
-            file = open_once(path / name, kind)
+            file = open_once(path / name, kind, manifest.run_id)
             for tensor in file.names:
                 file.tensor(tensor)
         except (LossledgerError, OSError) as error:
