@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from benchmarks.trainings import Training
+from recorder.capture import NARROW_SEGMENT_STEPS, SEGMENT_STEPS
 from recorder.codec import StepCoder
 from recorder.layout import PARAMETERS, Layout, Slot, bits
-from recorder.capture import NARROW_SEGMENT_STEPS, SEGMENT_STEPS
 from recorder.segments import Segment, list_segments, segment_file
 from recorder.segmentwriter import SegmentWriter, State
 from recorder.steps import Step

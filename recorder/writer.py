@@ -128,4 +128,4 @@ def _give_way() -> None:
     # to wait for a core makes all the others wait for it. Only Linux has a niceness for each thread.
     if sys.platform == "linux":
         with suppress(OSError):
-            os.nice(int(os.environ.get("NICENESS", _NICENESS)))
+            os.nice(_NICENESS)
