@@ -131,7 +131,15 @@ def estimate(
     )
 
 
-def describe_cost(layout: Layout, selection: StepSelection, first_step: int, run: Path) -> str:
+def describe_cost(
+    layout: Layout,
+    selection: StepSelection,
+    first_step: int,
+    run: Path,
+    *,
+    updates: int | None = None,
+    step_seconds: float | None = None,
+) -> str:
     """Say what a recording that begins will cost.
 
     Parameters
@@ -144,14 +152,23 @@ def describe_cost(layout: Layout, selection: StepSelection, first_step: int, run
         The first one.
     run
         The run's folder.
+    updates
+        Where the training ends, if that is known.
+    step_seconds
+        How long the first step has taken so far, if that is known.
 
     Returns
     -------
     str
         One line.
     """
-    cost = estimate(layout.sizes, selection=selection, first_step=first_step, folder=run)
-    return f"recording {selection.text} steps from {first_step} into {run}: {cost.text()}"
+    cost = estimate(layout.sizes, selection=selection, first_step=first_step, updates=updates, folder=run)
+    slowdown = ""
+    if step_seconds:
+        slowdown = (
+            f"; at the pace of the first step ({step_seconds:.3g} s) a factor of {cost.slowdown(step_seconds):.3f}"
+        )
+    return f"recording {selection.text} steps from {first_step} into {run}: {cost.text()}{slowdown}"
 
 
 def _seconds_per_byte() -> tuple[float, float]:

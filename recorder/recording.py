@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -91,6 +92,7 @@ class Recording:
         steps: StepSelection,
         batches: Batches,
         quota: int | None,
+        updates: int | None,
         first_step: int,
         segment_steps: int | None,
         strict: bool,
@@ -104,7 +106,9 @@ class Recording:
         self._steps = steps
         self._store_tensors = batches == "store"
         self._quota = quota
+        self._updates = updates
         self._next_step = first_step
+        self._step_began = time.perf_counter()
         self._segment_steps = segment_steps
         self._strict = strict
         self._state = "recording"
@@ -154,6 +158,7 @@ class Recording:
             return
         if self._pending.announce(indices, batch):
             self._buffers.keep()
+            self._step_began = time.perf_counter()
 
     @_harmless
     def loss(self, loss_sum: torch.Tensor | float, predictions: torch.Tensor | float) -> None:
@@ -312,7 +317,15 @@ class Recording:
         self._settle()
         manifest = self._folder.begin(self._watched, self._buffers, self._next_step, self._pending.autocast)
         layout = self._start_writer(manifest.run_id, manifest.attempt.number)
-        LOG.info("%s", describe_cost(layout, self._steps, self._next_step, self.run))
+        cost = describe_cost(
+            layout,
+            self._steps,
+            self._next_step,
+            self.run,
+            updates=self._updates,
+            step_seconds=time.perf_counter() - self._step_began,
+        )
+        LOG.info("%s", cost)
         return manifest.run_id, manifest.attempt.number
 
     def _settle(self) -> None:

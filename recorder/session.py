@@ -39,6 +39,7 @@ def watch(
     steps: str = "all",
     parameters: Sequence[str] = (),
     quota: int | None = None,
+    updates: int | None = None,
     masters: Mapping[str, torch.Tensor] | None = None,
     first_step: int = 0,
     segment_steps: int | None = None,
@@ -81,6 +82,8 @@ def watch(
     quota
         Bytes that the run's folder may have; before it would have more, recording ends and training goes on. Of
         several processes none knows the last micro-batches of the others: up to a segment of them may come on top.
+    updates
+        Where the training is planned to end; only for the estimate of the run's size in the first log line.
     masters
         In 16-bit training with float32 masters kept by the loop: parameter name to the tensor that the optimizer
         updates, in the parameter's shape (a view of a flat one, too). They are recorded instead.
@@ -156,6 +159,7 @@ def watch(
         steps=selection,
         batches=batches,
         quota=quota,
+        updates=updates,
         first_step=first_step,
         segment_steps=segment_steps,
         strict=strict,

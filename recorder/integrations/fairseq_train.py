@@ -78,6 +78,7 @@ class _Session:
             trainer.optimizer.optimizer,
             run=self.run,
             first_step=trainer.get_num_updates(),
+            updates=trainer.cfg.optimization.max_update or None,
             files=_dictionaries(self.data),
             trainer=Trainer(
                 name="fairseq", version=fairseq.__version__, arguments=self.arguments, directory=str(Path.cwd())

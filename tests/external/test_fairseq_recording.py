@@ -218,7 +218,9 @@ def test_a_record_dir_that_holds_anything_is_refused_and_left_untouched(
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["fairseq-train", "--record-dir", str(tmp_path), *arguments["causal"]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"python -m recorder: error: {tmp_path} is not empty and holds no run; nothing is overwritten.")
+    assert line.startswith(
+        f"python -m recorder: error: {tmp_path} is not empty and holds no run; nothing is overwritten."
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
