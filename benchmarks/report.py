@@ -127,12 +127,20 @@ def _costs(results: Mapping[str, Overhead | list[StoredShare] | None]) -> str:
 def _where(case: str, result: Overhead) -> str:
     more = (result.recorded_step - result.step) * 1e3
     calls, waited = result.hooks * 1e3, result.waited * 1e3
+    if more > calls:
+        found = (
+            f"A recorded step takes {more:.3g} ms longer, {calls:.3g} of them in the recorder's own calls; the other "
+            f"{more - calls:.3g} are the training's own work, slower beside the writer's thread."
+        )
+    else:
+        found = (
+            f"A recorded step takes {more:+.3g} ms, less than the {calls:.3g} ms it spends in the recorder's own calls: "
+            "the difference is smaller than what the machine does by itself."
+        )
     return (
-        f"({case}) A recorded step takes {more:.3g} ms longer. In the recorder's own calls, the copy above all, the "
-        f"training spends {calls:.3g} ms, {waited:.3g} of them waiting for the writer; the other {more - calls:.3g} ms "
-        f"are its own work that runs slower beside the writer's thread, which takes {result.writer_cpu * 1e3:.3g} ms "
-        f"of a core. All threads together use {result.cpu * 1e3:.4g} ms of core time a step without the recorder and "
-        f"{result.recorded_cpu * 1e3:.4g} with it."
+        f"({case}) {found} Of the calls, the copy above all, {waited:.3g} ms are waiting for the writer, whose thread "
+        f"takes {result.writer_cpu * 1e3:.3g} ms of a core. All threads together use {result.cpu * 1e3:.4g} ms of core "
+        f"time a step without the recorder and {result.recorded_cpu * 1e3:.4g} with it."
     )
 
 

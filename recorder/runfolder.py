@@ -229,29 +229,20 @@ class RunFolder:
             except UsageError:
                 held = describe_ranges(before.consecutive)
                 joined = f"not verified: the run holds no parameters of step {t}, it holds {held}"
-        # A checkpoint of 16-bit training may hold the model and not its masters, which then come back rounded. An
-        # untrained master may decay.
         rounded = {row.name: getattr(torch, row.model_dtype) for row in watched.table if row.model_dtype}
-        live = {
-            **{name: tensor for name, tensor in constant.items() if name not in rounded},
-            **(watched.copies(trained=True) if recorded else {}),
-        }
+        # The master of an untrained tensor may decay.
+        live = {name: tensor for name, tensor in constant.items() if name not in rounded}
+        live |= watched.copies(trained=True) if recorded else {}
         known = {**once, **recorded}
-        if rounded:
-            joined = joined.replace("verified", "verified within the rounding of 16 bits") if recorded else joined
+        different = _different(live, known)
+        if different and rounded and recorded:
+            # A checkpoint of 16-bit training may hold the model and not its masters, which then come back rounded.
+            joined = "verified within the rounding of 16 bits"
             live, known = (
                 {name: tensor.to(rounded.get(name, tensor.dtype)) for name, tensor in tensors.items()}
                 for tensors in (live, known)
             )
-        self._refuse_other_parameters(live, known)
-        return joined
-
-    def _refuse_other_parameters(self, live: Mapping[str, torch.Tensor], recorded: Mapping[str, torch.Tensor]) -> None:
-        different = [
-            name
-            for name, tensor in live.items()
-            if name in recorded and tensorfile.content(tensor) != tensorfile.content(recorded[name])
-        ]
+            different = _different(live, known)
         if different:
             message = (
                 f"{self.path}: this training does not go on where the run was at step {self._first_step}: "
@@ -260,6 +251,7 @@ class RunFolder:
                 "or record into another folder"
             )
             raise JoinError(message)
+        return joined
 
     def _copy_files(self) -> dict[str, int]:
         checksums = {}
@@ -337,6 +329,14 @@ def refuse_what_is_no_run(path: Path) -> None:
             f"{path} is not empty and holds no run; nothing is overwritten. Give another folder, or remove this one"
         )
         raise UsageError(message)
+
+
+def _different(live: Mapping[str, torch.Tensor], recorded: Mapping[str, torch.Tensor]) -> list[str]:
+    return [
+        name
+        for name, tensor in live.items()
+        if name in recorded and tensorfile.content(tensor) != tensorfile.content(recorded[name])
+    ]
 
 
 def _merged(path: Path, recorded: tuple[Parameter, ...], live: tuple[Parameter, ...]) -> tuple[Parameter, ...]:

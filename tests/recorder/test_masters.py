@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import recorder
-from recorder.errors import UsageError
+from recorder.errors import JoinError, UsageError
 from recorder.masters import masters_by_first_name, names_within, views_of
 from recorder.runformat import Run
 from recorder.table import Parameter
@@ -336,6 +336,40 @@ def test_the_masters_of_every_step_are_recorded_bit_for_bit(
     )  # the model's own would not be the same
     assert {row.model_dtype for row in run.manifest.parameters} == {"bfloat16"}
     assert run.manifest.unrecorded_changes == ()
+
+
+@pytest.mark.parametrize(
+    ("kept", "joined"), [("masters", "verified"), ("model", "verified within the rounding of 16 bits")]
+)
+def test_a_join_says_whether_the_masters_came_back_whole_or_rounded(tmp_path: Path, kept: str, joined: str) -> None:
+    model = Net()
+    masters = Masters(model, flat=False)
+    _train(model, masters, tmp_path / "run")
+    if kept == "model":
+        masters = Masters(model, flat=False)
+    _train(model, masters, tmp_path / "run", first_step=2)
+    assert [attempt.joined for attempt in Run(tmp_path / "run").manifest.attempts] == ["first", joined]
+
+
+def test_a_join_with_another_model_is_no_matter_of_rounding(tmp_path: Path) -> None:
+    model = Net()
+    _train(model, Masters(model, flat=False), tmp_path / "run")
+    with torch.no_grad():
+        model.first.bias.mul_(1.01)
+    with pytest.raises(JoinError, match=r"1 of 3 parameters differ .*first 'first.bias'"):
+        _train(model, Masters(model, flat=False), tmp_path / "run", first_step=2)
+
+
+def _train(model: Net, masters: Masters, run: Path, first_step: int = 0) -> None:
+    optimizer = SGD(masters.updated, lr=0.05)
+    with recorder.watch(model, optimizer, run=run, masters=masters.by_name, first_step=first_step, strict=True) as rec:
+        for step in range(2):
+            rec.batch([step])
+            backward(model)
+            masters.take_gradients()
+            optimizer.step()
+            masters.give_parameters()
+            model.zero_grad()
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["not called", "called, and does nothing"])
