@@ -134,7 +134,7 @@ def _where(case: str, result: Overhead) -> str:
         )
     else:
         found = (
-            f"A recorded step takes {more:+.3g} ms, less than the {calls:.3g} ms it spends in the recorder's own calls: "
+            f"A recorded step takes {more:+.3g} ms, less than the {calls:.3g} ms that it is in the recorder's calls: "
             "the difference is smaller than what the machine does by itself."
         )
     return (
