@@ -10,7 +10,7 @@ The network learns to continue arithmetic progressions modulo 23.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,7 +125,8 @@ def train(run: str) -> None:
     model = task.model()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     loader = torch.utils.data.DataLoader(task.indices("train"), batch_size=64, shuffle=True)
-    with recorder.watch(model, optimizer, run=run, workload="examples.plain_pytorch:workload") as rec:
+    workload_name = "examples.plain_pytorch:workload"
+    with recorder.watch(model, optimizer, run=run, workload=workload_name, updates=UPDATES) as rec:
         for _, indices in zip(range(UPDATES), loader, strict=False):
             batch = task.batch(indices.tolist(), split="train", epoch=1)
             rec.batch(indices, batch)
@@ -136,4 +137,6 @@ def train(run: str) -> None:
 
 
 if __name__ == "__main__":
-    train(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Train a small network with the recorder on.")
+    parser.add_argument("run", help="the folder to record into")
+    train(parser.parse_args().run)

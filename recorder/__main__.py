@@ -205,7 +205,7 @@ def _estimate(options: argparse.Namespace) -> int:
         commandline.result(cost.text())
         if slowdown is not None:
             commandline.result(
-                f"a training of {options.step_seconds:g} s a step slows down by a factor of {slowdown:.3f}"
+                f"expected slowdown of a training of {options.step_seconds:g} s a step: a factor of {slowdown:.3f}"
             )
     return commandline.DONE
 

@@ -82,6 +82,8 @@ class Estimate:
         """
         total = "" if self.total_bytes is None else f", {_size(self.total_bytes)} for {self.steps:,} steps"
         free = "" if self.free_bytes is None else f" ({_size(self.free_bytes)} free)"
+        if self.total_bytes is not None and self.free_bytes is not None and self.total_bytes > self.free_bytes:
+            free = f" (more than the {_size(self.free_bytes)} that are free: select fewer steps, or set a quota)"
         return (
             f"a step has {_size(self.raw_bytes)} of parameters and takes about {_size(self.step_bytes)} on the disk"
             f"{total}{free}; copying it takes {self.copy_seconds * 1e3:.3g} ms of the training, coding it "
@@ -166,7 +168,8 @@ def describe_cost(
     slowdown = ""
     if step_seconds:
         slowdown = (
-            f"; at the pace of the first step ({step_seconds:.3g} s) a factor of {cost.slowdown(step_seconds):.3f}"
+            f"; expected slowdown, at the pace of the first step ({step_seconds:.3g} s): "
+            f"a factor of {cost.slowdown(step_seconds):.3f}"
         )
     return f"recording {selection.text} steps from {first_step} into {run}: {cost.text()}{slowdown}"
 

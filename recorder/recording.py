@@ -7,7 +7,6 @@ warning and an incomplete run.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import time
 import warnings
@@ -32,6 +31,7 @@ from recorder.processes import from_all, in_first, this_process
 from recorder.runfolder import RunFolder
 from recorder.segmentwriter import QuotaReached
 from recorder.selection import StepSelection
+from recorder.telling import LOG
 from recorder.watched import Watched
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ GRADIENT_NORMS = 3
 
 UNRECORDED_EVERY = 64
 """Steps between two looks at what must not change."""
-
-LOG = logging.getLogger("lossledger.recorder")
 
 
 class RecorderWarning(UserWarning):

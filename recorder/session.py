@@ -18,10 +18,11 @@ from recorder.manifest import Trainer
 from recorder.modelbuffers import ModelBuffers
 from recorder.patterns import select_names
 from recorder.processes import in_all, in_first, this_process
-from recorder.recording import LOG, Batches, Recording
+from recorder.recording import Batches, Recording
 from recorder.runfolder import RunFolder, Settings
 from recorder.selection import StepSelection
 from recorder.sharded import refuse_what_cannot_be_gathered
+from recorder.telling import LOG, tell_on_the_terminal
 from recorder.watched import Watched
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def watch(
     )
     kept = {name: tensor for name, tensor in model.named_parameters() if name not in left_out}
     refuse_what_cannot_be_gathered(model, optimizer, kept)
+    tell_on_the_terminal()
     watched = Watched(model, optimizer, left_out=left_out, masters=masters)
     try:
         folder, lock = _opened_together(Path(run), settings, first_step)

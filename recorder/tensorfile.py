@@ -262,9 +262,13 @@ class TensorFile:
                 f"(its header lacks {', '.join(missing)})"
             )
             raise DamagedFileError(message)
-        if header != _sealed(header[: -len(_HEADER_END)]):
+        sealed = _sealed(header[: -len(_HEADER_END)])
+        if header != sealed:
+            expected_end, found_end = (
+                text[-len(_HEADER_END) :][:8].decode(errors="replace") for text in (header, sealed)
+            )
             message = (
-                f"{self.path}: the header is damaged: it fails its own CRC-32. "
+                f"{self.path}: the header is damaged: expected CRC-32 {expected_end}, found {found_end}. "
                 "Restore the file from a copy, or leave its steps out."
             )
             raise DamagedFileError(message)
@@ -293,9 +297,10 @@ class TensorFile:
             raise FormatError(message) from error
         found = checksum(array)
         if found != self._checksums.get(name):
+            nbytes = memoryview(content(array)).nbytes
             message = (
-                f"{self.path}: tensor {name!r} is damaged: expected CRC-32 {self._checksums.get(name)}, found {found}. "
-                "Restore the file from a copy, or leave its steps out."
+                f"{self.path}: tensor {name!r} is damaged: expected CRC-32 {self._checksums.get(name)}, found {found} "
+                f"in its {nbytes:,} bytes. Restore the file from a copy, or leave its steps out."
             )
             raise DamagedFileError(message)
         return array

@@ -10,7 +10,7 @@ from typing import Any
 
 from recorder import growing
 from recorder.errors import LossledgerError
-from recorder.manifest import Manifest
+from recorder.manifest import MANIFEST_FILE, Manifest
 from recorder.ranges import describe_ranges, joined_ranges
 from recorder.runfolder import TRAINER_FOLDER
 from recorder.runformat import UNTRAINED_FILE, Run, open_once, optimizer_file, timeline
@@ -91,12 +91,18 @@ def verify(path: Path, progress: Callable[[Path], None] = lambda file: None) -> 
         What is damaged, what is lost with it, and what is usable.
     """
     manifest = Manifest.read(path)
-    damages = [*_damaged_once(path, manifest, progress)]
+    files = [path / MANIFEST_FILE]
+
+    def begin(file: Path) -> None:
+        files.append(file)
+        progress(file)
+
+    damages = [*_damaged_once(path, manifest, begin)]
     names = list_segments(path)
     good = []
     for name in names:
         file = path / SEGMENTS_FOLDER / name.file
-        progress(file)
+        begin(file)
         found = _damage_of_segment(file, manifest)
         if found is None:
             good.append(name)
@@ -108,12 +114,11 @@ def verify(path: Path, progress: Callable[[Path], None] = lambda file: None) -> 
     missing = _missing(path, manifest, names, selection)
     damages += missing
     kept = [(t, t + 1) for part in whole for t in selection.between(part.start, part.stop)]
-    files = [file for file in path.rglob("*") if file.is_file() and "shards" not in file.parts]
     fatal = any(not damage.lost and damage not in missing for damage in damages)
     return Verdict(
         run=str(path),
         files=len(files),
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=sum(file.stat().st_size for file in files if file.exists()),
         damages=tuple(damages),
         usable=() if fatal else tuple(joined_ranges(kept)),
         unfinished=len(growing.unfinished(path / SEGMENTS_FOLDER)),
@@ -132,17 +137,18 @@ def _damaged_once(path: Path, manifest: Manifest, progress: Callable[[Path], Non
             for tensor in file.names:
                 file.tensor(tensor)
         except (LossledgerError, OSError) as error:
-            yield Damage(file=str(path / name), found=str(error))
+            yield Damage(file=str(path / name), found=_without_path(error, path / name))
     for name, checksum in manifest.files.items():
         copied = path / TRAINER_FOLDER / name
         progress(copied)
         try:
-            found = zlib.crc32(copied.read_bytes())
+            content = copied.read_bytes()
         except OSError as error:
             yield Damage(file=str(copied), found=f"cannot be read: {error.strerror}")
             continue
+        found = zlib.crc32(content)
         if found != checksum:
-            yield Damage(file=str(copied), found=f"expected CRC-32 {checksum}, found {found}")
+            yield Damage(file=str(copied), found=f"expected CRC-32 {checksum}, found {found} in {len(content):,} bytes")
 
 
 def _damage_of_segment(file: Path, manifest: Manifest) -> str | None:
@@ -152,8 +158,12 @@ def _damage_of_segment(file: Path, manifest: Manifest) -> str | None:
             return f"expected a segment of run {manifest.run_id}, found one of {segment.run_id}"
         segment.verify()
     except (LossledgerError, OSError) as error:
-        return str(error)
+        return _without_path(error, file)
     return None
+
+
+def _without_path(error: Exception, file: Path) -> str:
+    return str(error).removeprefix(f"{file}: ")
 
 
 def _strange_files(path: Path) -> Iterator[Damage]:

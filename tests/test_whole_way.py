@@ -142,6 +142,10 @@ def test_the_plain_pytorch_example_goes_the_whole_way(tmp_path: Path) -> None:
         finished = _python(*arguments, *extra)
         assert finished.returncode == 0, finished.stderr
         assert "Traceback" not in finished.stderr
+        if arguments[0].endswith("plain_pytorch.py"):
+            told = finished.stderr.splitlines()
+            assert told[0].startswith(f"lossledger: recording all steps from 0 into {run}: a step has ")
+            assert told[-1].startswith(f"lossledger: recorded 40 steps into {run}: ")
     cube = open_cube(run / "lca.nc")
     assert cube.sizes["step"] == 40
     assert (cube["status"] == 0).all()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,26 @@ def test_the_slowdown_counts_coding_only_as_far_as_it_takes_longer_than_the_step
     assert cost.slowdown(step) == pytest.approx(expected)
 
 
-def test_a_person_reads_bytes_free_space_and_the_slowdown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("free", "told"),
+    [(10**14, "(100 TB free)"), (10**10, "(more than the 10 GB that are free: select fewer steps, or set a quota)")],
+)
+def test_the_disk_is_told_to_be_too_small_before_it_is_full(
+    free: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("recorder.estimate.shutil.disk_usage", lambda folder: usage._replace(free=free))
+    assert main(["estimate", "--parameters", "65M", "--updates", "125k"]) == 0
+    assert f" 18.2 TB for 125,000 steps {told};" in capsys.readouterr().out
+
+
+def test_a_person_reads_bytes_and_the_slowdown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = str(tmp_path / "not" / "there" / "yet")
     arguments = ["--parameters", "65M", "--updates", "125k", "--step-seconds", "0.5", "--dir", folder]
     assert main(["estimate", *arguments]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("a step has 260 MB of parameters and takes about 146 MB on the disk, 18.2 TB for 125,000")
-    assert " free)" in first
-    assert second.startswith("a training of 0.5 s a step slows down by a factor of ")
+    assert second.startswith("expected slowdown of a training of 0.5 s a step: a factor of ")
     assert not (tmp_path / "not").exists()
 
 
