@@ -16,15 +16,19 @@ import torch
 
 from recorder.table import Parameter
 from replay.gradients import Evaluation
-from replay.quadrature import Rule
+from replay.quadrature import AdaptiveRule, Rule
 from replay.shards import Status
 
 Theta = Mapping[str, torch.Tensor]
 
 
+FLOOR_ULPS = 8
+"""Rounding errors of the two losses that a residual may consist of, in units of the loss's last place."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """When the books balance: |residual| ≤ max(rtol · |ΔL|, atol).
+    """When the books balance: |residual| ≤ rtol · |ΔL| + atol + the rounding floor.
 
     Parameters
     ----------
@@ -32,29 +36,35 @@ class Tolerance:
         Relative to the measured change of the loss.
     atol
         In nats.
+    epsilon
+        Spacing of the numbers that the loss is computed in, at 1. The rounding floor is `FLOOR_ULPS` of these times
+        the larger of the two losses: what lies below is rounding, which no refinement takes away.
     """
 
     rtol: float
     atol: float
+    epsilon: float = 0.0
 
-    def status(self, residual: float, change: float) -> Status:
+    def status(self, residual: float, loss_start: float, loss_end: float) -> Status:
         """Judge one entry.
 
         Parameters
         ----------
         residual
             Σ LCA - ΔL, in nats.
-        change
-            ΔL, in nats.
+        loss_start, loss_end
+            The measured losses, in nats.
 
         Returns
         -------
         Status
             Converged, tolerance not met, or not finite.
         """
+        change = loss_end - loss_start
         if not (math.isfinite(residual) and math.isfinite(change)):
             return Status.NOT_FINITE
-        within = abs(residual) <= max(self.rtol * abs(change), self.atol)
+        floor = FLOOR_ULPS * self.epsilon * max(abs(loss_start), abs(loss_end))
+        within = abs(residual) <= self.rtol * abs(change) + self.atol + floor
         return Status.CONVERGED if within else Status.TOLERANCE_NOT_MET
 
 
@@ -64,8 +74,11 @@ class Allocation:
 
     Parameters
     ----------
-    lca
-        Parameter name to LCA of each entry, float64 in the parameter's shape, in nats.
+    gradient
+        Parameter name to the mean of its gradient along the step, as the rule finds it: float64, in the parameter's
+        shape.
+    delta
+        Parameter name to its update Δθ, likewise.
     loss_start, loss_end
         Measured at θ_t and θ_{t+1}, in nats.
     evaluations
@@ -74,11 +87,47 @@ class Allocation:
         The evaluation at θ_{t+1} where the rule has one: on a fixed loss data, the next step's first.
     """
 
-    lca: Mapping[str, torch.Tensor]
+    gradient: Mapping[str, torch.Tensor]
+    delta: Mapping[str, torch.Tensor]
     loss_start: float
     loss_end: float
     evaluations: int
     end: Evaluation | None
+
+    def geometry(self, name: str) -> tuple[float, float, float]:
+        """Return a parameter's LCA as a product of three.
+
+        Parameters
+        ----------
+        name
+            The parameter.
+
+        Returns
+        -------
+        gradient_norm, update_norm, cosine : float
+            Euclidean norms of the mean gradient along the step and of the update, and the cosine of the angle between
+            them; NaN where one of the norms is 0.
+        """
+        gradient, delta = self.gradient[name], self.delta[name]
+        lengths = float(torch.linalg.vector_norm(gradient)), float(torch.linalg.vector_norm(delta))
+        product = lengths[0] * lengths[1]
+        cosine = float(torch.dot(gradient.reshape(-1), delta.reshape(-1))) / product if product else math.nan
+        return *lengths, cosine
+
+    def lca(self, name: str) -> torch.Tensor:
+        """Return the LCA of every entry of a parameter.
+
+        Parameters
+        ----------
+        name
+            The parameter.
+
+        Returns
+        -------
+        torch.Tensor
+            float64 in the parameter's shape, in nats.
+        """
+        return self.gradient[name] * self.delta[name]
 
     @property
     def change(self) -> float:
@@ -88,19 +137,18 @@ class Allocation:
     @property
     def residual(self) -> float:
         """Σ LCA - ΔL, in nats."""
-        sums = [float(entries.sum()) for entries in self.lca.values()]
-        # fsum raises where infinities of both signs meet; a diverged step has them.
-        total = math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
-        return total - self.change
+        return _dot(self.gradient, self.delta) - self.change
 
 
 def allocate(
     start: Theta,
     end: Theta,
-    rule: Rule,
+    rule: Rule | AdaptiveRule,
     evaluate: Callable[[Theta], Evaluation],
     loss: Callable[[Theta], float],
     first: Evaluation | None = None,
+    *,
+    tolerance: Tolerance,
 ) -> Allocation:
     """Allocate the loss change between two parameter sets along the straight line between them.
 
@@ -116,44 +164,103 @@ def allocate(
         The loss alone; used only for an end of the step where the rule has no node.
     first
         The evaluation at `start`, where it is known already.
+    tolerance
+        When an adaptive rule is content.
 
     Returns
     -------
     Allocation
         Accumulated in float64.
     """
-    delta = {name: end[name].double() - start[name].double() for name in start}
-    weighted = {name: torch.zeros_like(entries) for name, entries in delta.items()}
-    evaluations = 0
-    at_start, at_end = first, None
-    for node, weight in zip(rule.nodes, rule.weights, strict=True):
-        if node == 0 and first is not None:
-            point = first
-        else:
-            point = evaluate(_between(start, end, delta, node))
-            evaluations += 1
-        if node == 0:
-            at_start = point
-        if node == 1:
-            at_end = point
-        for name, gradient in point.gradient.items():
-            weighted[name].add_(gradient.double(), alpha=weight)
+    line = _Line(start, end, evaluate, first)
+    mean = _halved(line, rule, tolerance) if isinstance(rule, AdaptiveRule) else _once(line, rule)
+    at_start, at_end = line.ends
     return Allocation(
-        lca={name: weighted[name].mul_(delta[name]) for name in delta},
+        gradient=mean,
+        delta=line.delta,
         loss_start=at_start.loss if at_start is not None else loss(start),
         loss_end=at_end.loss if at_end is not None else loss(end),
-        evaluations=evaluations,
+        evaluations=line.evaluations,
         end=at_end,
     )
 
 
-def _between(start: Theta, end: Theta, delta: Theta, node: float) -> Theta:
-    # The ends are taken as they were recorded: start + 1·Δ need not round to end.
-    if node == 0:
-        return start
-    if node == 1:
-        return end
-    return {name: (start[name].double() + node * delta[name]).to(start[name].dtype) for name in start}
+class _Line:
+    """The straight line between two parameter sets, and what is known on it."""
+
+    def __init__(
+        self, start: Theta, end: Theta, evaluate: Callable[[Theta], Evaluation], first: Evaluation | None
+    ) -> None:
+        self._start, self._end, self._evaluate = start, end, evaluate
+        self.delta = {name: end[name].double() - start[name].double() for name in start}
+        self.ends: tuple[Evaluation | None, Evaluation | None] = (first, None)
+        self.evaluations = 0
+
+    def zeros(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(entries) for name, entries in self.delta.items()}
+
+    def add(self, total: Mapping[str, torch.Tensor], node: float, weight: float) -> None:
+        """Add a weighted gradient, in float64."""
+        for name, gradient in self._at(node).gradient.items():
+            total[name].add_(gradient, alpha=weight)
+
+    def _at(self, node: float) -> Evaluation:
+        at_start, at_end = self.ends
+        if node == 0 and at_start is not None:
+            return at_start
+        point = self._evaluate(self._between(node))
+        self.evaluations += 1
+        if node in (0, 1):
+            self.ends = (point, at_end) if node == 0 else (at_start, point)
+        return point
+
+    def _between(self, node: float) -> Theta:
+        # The ends are taken as they were recorded: start + 1·Δ need not round to end.
+        if node == 0:
+            return self._start
+        if node == 1:
+            return self._end
+        return {
+            name: (entries.double() + node * self.delta[name]).to(entries.dtype)
+            for name, entries in self._start.items()
+        }
+
+
+def _once(line: _Line, rule: Rule) -> dict[str, torch.Tensor]:
+    mean = line.zeros()
+    for node, weight in zip(rule.nodes, rule.weights, strict=True):
+        line.add(mean, node, weight)
+    return mean
+
+
+def _halved(line: _Line, rule: AdaptiveRule, tolerance: Tolerance) -> dict[str, torch.Tensor]:
+    # Both sums are kept without their weights, which change with the number of pieces.
+    borders, middles, pieces = line.zeros(), line.zeros(), 1
+    line.add(borders, 0, 1)
+    for node in rule.middles(1):
+        line.add(middles, node, 1)
+    line.add(borders, 1, 1)
+    at_start, at_end = line.ends
+    assert at_start is not None
+    assert at_end is not None
+    while pieces < rule.most_pieces:
+        total = (_dot(borders, line.delta) + 4 * _dot(middles, line.delta)) / (6 * pieces)
+        residual = total - (at_end.loss - at_start.loss)
+        if tolerance.status(residual, at_start.loss, at_end.loss) is not Status.TOLERANCE_NOT_MET:
+            break
+        pieces *= 2
+        for name, entries in middles.items():
+            borders[name].add_(entries, alpha=2)
+            entries.zero_()
+        for node in rule.middles(pieces):
+            line.add(middles, node, 1)
+    return {name: borders[name].add_(middles[name], alpha=4).div_(6 * pieces) for name in borders}
+
+
+def _dot(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
+    sums = [float(torch.dot(left[name].reshape(-1), right[name].reshape(-1))) for name in left]
+    # fsum raises where infinities of both signs meet; a diverged step has them.
+    return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,13 +271,14 @@ class UnitSums:
     ----------
     sum, positive_sum
         float64 of shape (units,), in nats: over all entries, and over those with LCA > 0.
-    positive_count
-        int64 of shape (units,): the number of entries with LCA > 0.
+    positive_count, zero_count
+        int64 of shape (units,): the number of entries with LCA > 0, and of those with LCA = 0 exactly.
     """
 
     sum: torch.Tensor
     positive_sum: torch.Tensor
     positive_count: torch.Tensor
+    zero_count: torch.Tensor
 
 
 def sum_over_units(lca: torch.Tensor, parameter: Parameter) -> UnitSums:
@@ -186,7 +294,7 @@ def sum_over_units(lca: torch.Tensor, parameter: Parameter) -> UnitSums:
     Returns
     -------
     UnitSums
-        Three arrays of shape (units,).
+        Four arrays of shape (units,).
     """
     rows = lca.movedim(parameter.unit_axis, 0) if lca.dim() else lca
     # The length of a row is not left to reshape: a parameter without entries has none to infer it from.
@@ -196,4 +304,5 @@ def sum_over_units(lca: torch.Tensor, parameter: Parameter) -> UnitSums:
         sum=rows.sum(dim=1),
         positive_sum=torch.where(positive, rows, 0.0).sum(dim=1),
         positive_count=positive.sum(dim=1),
+        zero_count=(rows == 0).sum(dim=1),
     )

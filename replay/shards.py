@@ -36,6 +36,7 @@ __all__ = [
     "ATTENTION_COMPONENTS",
     "COMPONENTS",
     "MODEL_LAYER",
+    "PER_PARAMETER",
     "PER_STEP",
     "PER_UNIT",
     "VERSION",
@@ -81,8 +82,14 @@ PER_STEP = {
 the shard's loss data; ``evaluations`` counts gradient evaluations.
 """
 
-PER_UNIT = {"sum": np.float64, "positive_sum": np.float64, "positive_count": np.int64}
+PER_UNIT = {"sum": np.float64, "positive_sum": np.float64, "positive_count": np.int64, "zero_count": np.int64}
 """Arrays of shape (steps, units) for every trained parameter, named ``<quantity>/<parameter name>``."""
+
+PER_PARAMETER = {"gradient_norm": np.float64, "update_norm": np.float64, "cosine": np.float64}
+"""Arrays of shape (steps,) for every trained parameter, named ``<quantity>/<parameter name>``.
+
+The gradient is its mean along the step, so that the product of the three is the parameter's LCA.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,10 +102,13 @@ class Shard:
         Name to array of shape (steps,); the names and dtypes of `PER_STEP`.
     per_unit
         Quantity to parameter name to array of shape (steps, units); the quantities and dtypes of `PER_UNIT`.
+    per_parameter
+        Quantity to parameter name to array of shape (steps,); the quantities and dtypes of `PER_PARAMETER`.
     """
 
     per_step: Mapping[str, npt.NDArray[Any]]
     per_unit: Mapping[str, Mapping[str, npt.NDArray[Any]]]
+    per_parameter: Mapping[str, Mapping[str, npt.NDArray[Any]]]
 
 
 class ShardFolder:
@@ -292,7 +302,7 @@ class ShardFolder:
         start, stop
             The range of steps.
         shard
-            Its content; checked against the formats `PER_STEP` and `PER_UNIT`.
+            Its content; checked against the formats `PER_STEP`, `PER_UNIT` and `PER_PARAMETER`.
         attempts
             Which attempts of the training recorded these steps: number, start and stop of each.
 
@@ -310,6 +320,10 @@ class ShardFolder:
                 key = f"{quantity}/{parameter.name}"
                 array = shard.per_unit[quantity][parameter.name]
                 tensors[key] = _checked(key, array, (steps, parameter.units), dtype)
+        for quantity, dtype in PER_PARAMETER.items():
+            for parameter in self.trained:
+                key = f"{quantity}/{parameter.name}"
+                tensors[key] = _checked(key, shard.per_parameter[quantity][parameter.name], (steps,), dtype)
         path = self.file(start, stop)
         facts = {
             "format": FORMAT,
@@ -343,11 +357,17 @@ class ShardFolder:
         file = self._open_shard(start, stop)
         return Shard(
             per_step={name: file.array(name) for name in PER_STEP},
-            per_unit={
-                quantity: {parameter.name: file.array(f"{quantity}/{parameter.name}") for parameter in self.trained}
-                for quantity in PER_UNIT
-            },
+            per_unit=self._read_by_parameter(file, PER_UNIT),
+            per_parameter=self._read_by_parameter(file, PER_PARAMETER),
         )
+
+    def _read_by_parameter(
+        self, file: tensorfile.TensorFile, quantities: Iterable[str]
+    ) -> dict[str, dict[str, npt.NDArray[Any]]]:
+        return {
+            quantity: {parameter.name: file.array(f"{quantity}/{parameter.name}") for parameter in self.trained}
+            for quantity in quantities
+        }
 
     def read_per_step(self, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         """Read of a shard only what it holds once a step: little, however large the model.

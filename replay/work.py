@@ -24,7 +24,7 @@ from replay.allocate import Tolerance, allocate, sum_over_units
 from replay.gradients import Evaluation, LossSurface, widened
 from replay.quadrature import rule_named
 from replay.settings import Settings, digest_of_table
-from replay.shards import PER_STEP, PER_UNIT, Shard, ShardFolder
+from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, ShardFolder
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -119,6 +119,7 @@ class Replayer:
         self.job = job
         self.run = Run(Path(job.run))
         self.rule = rule_named(job.rule)
+        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=torch.finfo(torch.float32).eps)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self._device = torch.device(job.device)
         self._trained = self.run.manifest.trained
@@ -187,7 +188,7 @@ class Replayer:
         return Receipt(task=task, files=files)
 
     def evaluations(self, task: Task) -> int:
-        """Count the gradient evaluations that a task will take.
+        """Count the gradient evaluations that a task will take, at least.
 
         Parameters
         ----------
@@ -199,7 +200,7 @@ class Replayer:
         int
             Over all its steps and loss data.
         """
-        nodes, steps = len(self.rule.nodes), task.stop - task.start
+        nodes, steps = self.rule.least_evaluations, task.stop - task.start
         # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
         shared = self.rule.starts_at_start and self.rule.ends_at_end and not self._held
         saved = steps - 1 if shared else 0
@@ -220,7 +221,8 @@ class Replayer:
         """
         units = sum(parameter.units for parameter in self._trained)
         of_units = units * sum(np.dtype(dtype).itemsize for dtype in PER_UNIT.values())
-        per_step = of_units + sum(np.dtype(dtype).itemsize for dtype in PER_STEP.values())
+        of_parameters = len(self._trained) * sum(np.dtype(dtype).itemsize for dtype in PER_PARAMETER.values())
+        per_step = of_units + of_parameters + sum(np.dtype(dtype).itemsize for dtype in PER_STEP.values())
         return per_step * (task.stop - task.start) * len(task.loss_data)
 
     def _theta(self, t: int) -> dict[str, torch.Tensor]:
@@ -232,6 +234,10 @@ class Replayer:
             per_unit={
                 quantity: {parameter.name: np.zeros((steps, parameter.units), dtype) for parameter in self._trained}
                 for quantity, dtype in PER_UNIT.items()
+            },
+            per_parameter={
+                quantity: {parameter.name: np.zeros(steps, dtype) for parameter in self._trained}
+                for quantity, dtype in PER_PARAMETER.items()
             },
         )
 
@@ -254,9 +260,9 @@ class Replayer:
             evaluate=lambda theta: self._surface.evaluate(theta, micro_batches),
             loss=lambda theta: self._surface.loss(theta, micro_batches),
             first=first,
+            tolerance=self._tolerance,
         )
         residual = allocation.residual
-        tolerance = Tolerance(rtol=self.job.rtol, atol=self.job.atol)
         predictions = step.predictions
         entries: dict[str, float] = {
             "step": step.step,
@@ -266,16 +272,17 @@ class Replayer:
             "loss_start": allocation.loss_start,
             "loss_end": allocation.loss_end,
             "residual": residual,
-            "status": tolerance.status(residual, allocation.change),
+            "status": self._tolerance.status(residual, allocation.loss_start, allocation.loss_end),
             "evaluations": allocation.evaluations,
         }
         for key, value in entries.items():
             shard.per_step[key][row] = value
         for parameter in self._trained:
-            sums = sum_over_units(allocation.lca[parameter.name], parameter)
-            _put(shard.per_unit["sum"][parameter.name], row, sums.sum)
-            _put(shard.per_unit["positive_sum"][parameter.name], row, sums.positive_sum)
-            _put(shard.per_unit["positive_count"][parameter.name], row, sums.positive_count)
+            sums = sum_over_units(allocation.lca(parameter.name), parameter)
+            for quantity in PER_UNIT:
+                _put(shard.per_unit[quantity][parameter.name], row, getattr(sums, quantity))
+            for quantity, value in zip(PER_PARAMETER, allocation.geometry(parameter.name), strict=True):
+                shard.per_parameter[quantity][parameter.name][row] = value
         return allocation.end if data.fixed and not self._held else None
 
 

@@ -21,7 +21,7 @@ def _generator(*key: object) -> np.random.Generator:
 
 def _units(quantity: str, loss_data: str, parameter: Parameter, step: int) -> Any:
     generator = _generator(quantity, loss_data, parameter.name, step)
-    if quantity == "positive_count":
+    if quantity.endswith("_count"):
         per_unit = parameter.size // parameter.units if parameter.units else 0
         return generator.integers(0, per_unit, size=parameter.units, endpoint=True)
     values = generator.normal(size=parameter.units) * 10.0 ** generator.integers(-9, 2)
@@ -53,6 +53,16 @@ def _shard(loss_data: str, parameters: Sequence[Parameter], start: int, stop: in
                 if parameter.trained
             }
             for quantity, dtype in shards.PER_UNIT.items()
+        },
+        per_parameter={
+            quantity: {
+                parameter.name: _generator(quantity, loss_data, parameter.name, start)
+                .normal(size=len(steps))
+                .astype(dtype)
+                for parameter in parameters
+                if parameter.trained
+            }
+            for quantity, dtype in shards.PER_PARAMETER.items()
         },
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -17,11 +18,12 @@ from hypothesis.extra import numpy as hnp
 from recorder.table import Parameter
 from replay.allocate import Allocation, Tolerance, allocate, sum_over_units
 from replay.gradients import Evaluation
-from replay.quadrature import RULES
+from replay.quadrature import ADAPTIVE, RULES
 from replay.shards import Status
 
 SHAPES = {"matrix": (2, 3), "vector": (3,), "scalar": ()}
 SIZE = 10
+TOLERANCE = Tolerance(rtol=1e-3, atol=0.0, epsilon=2.0**-52)
 Theta = Mapping[str, torch.Tensor]
 
 
@@ -32,6 +34,10 @@ def _split(flat: Any) -> dict[str, torch.Tensor]:
         tensors[name] = torch.tensor(np.asarray(flat)[offset : offset + size].reshape(shape))
         offset += size
     return tensors
+
+
+def _lca(allocation: Allocation) -> Any:
+    return _join({name: allocation.lca(name) for name in SHAPES})
 
 
 def _join(theta: Theta) -> Any:
@@ -54,7 +60,7 @@ class Loss:
         return self._value(_join(theta))
 
     def allocate(self, start: Any, end: Any, rule: str = "simpson", first: Evaluation | None = None) -> Allocation:
-        return allocate(_split(start), _split(end), RULES[rule], self.evaluate, self.loss, first)
+        return allocate(_split(start), _split(end), RULES[rule], self.evaluate, self.loss, first, tolerance=TOLERANCE)
 
 
 def _quadratic(matrix: Any, slope: Any) -> Loss:
@@ -75,7 +81,7 @@ def test_on_a_quadratic_every_entry_is_its_step_times_the_gradient_at_the_midpoi
     loss, _, start, end = _positive_quadratic()
     allocation = loss.allocate(start, end, rule)
     middle = _join(loss.evaluate(_split((start + end) / 2)).gradient)
-    np.testing.assert_allclose(_join(allocation.lca), (end - start) * middle, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(_lca(allocation), (end - start) * middle, rtol=1e-12, atol=0)
     assert abs(allocation.residual) < 1e-13 * allocation.change
 
 
@@ -84,7 +90,7 @@ def test_on_a_quadratic_euler_misses_by_half_the_curvature_along_the_step() -> N
     exact = loss.allocate(start, end)
     euler = loss.allocate(start, end, "euler")
     step = end - start
-    np.testing.assert_allclose(_join(euler.lca) - _join(exact.lca), -step * (matrix @ step) / 2, rtol=1e-10, atol=0)
+    np.testing.assert_allclose(_lca(euler) - _lca(exact), -step * (matrix @ step) / 2, rtol=1e-10, atol=0)
     assert euler.residual == pytest.approx(-step @ matrix @ step / 2, rel=1e-10)
 
 
@@ -96,7 +102,7 @@ def test_on_a_cubic_simpson_and_gauss_are_exact_for_every_entry_and_the_trapezoi
     low, high = direction @ start, direction @ end
     exact = (end - start) * direction * (low**2 + low * high + high**2)
     for rule in ("simpson", "gauss2"):
-        np.testing.assert_allclose(_join(loss.allocate(start, end, rule).lca), exact, rtol=1e-12, atol=0)
+        np.testing.assert_allclose(_lca(loss.allocate(start, end, rule)), exact, rtol=1e-12, atol=0)
     assert loss.allocate(start, end, "trapezoid").residual > 1e-3
 
 
@@ -106,7 +112,7 @@ def test_losses_at_both_ends_are_measured_whatever_the_nodes(rule: str) -> None:
     allocation = loss.allocate(start, end, rule)
     assert allocation.loss_start == loss.loss(_split(start))
     assert allocation.loss_end == loss.loss(_split(end))
-    assert allocation.evaluations == len(RULES[rule].nodes)
+    assert allocation.evaluations == RULES[rule].least_evaluations
 
 
 def test_the_evaluation_known_at_the_start_is_not_made_again_and_the_end_is_handed_on() -> None:
@@ -116,7 +122,7 @@ def test_the_evaluation_known_at_the_start_is_not_made_again_and_the_end_is_hand
     loss.asked.clear()
     allocation = loss.allocate(start, end, first=known)
     assert allocation.evaluations == len(loss.asked) == 2
-    assert all(torch.equal(allocation.lca[name], alone.lca[name]) for name in SHAPES)
+    assert all(torch.equal(allocation.lca(name), alone.lca(name)) for name in SHAPES)
     assert allocation.end is not None
     assert allocation.end.loss == allocation.loss_end == alone.loss_end
 
@@ -124,7 +130,7 @@ def test_the_evaluation_known_at_the_start_is_not_made_again_and_the_end_is_hand
 def test_the_ends_are_evaluated_as_they_were_recorded() -> None:
     loss, _, start, end = _positive_quadratic()
     first, last = _split(start), _split(end)
-    allocate(first, last, RULES["simpson"], loss.evaluate, loss.loss)
+    allocate(first, last, RULES["simpson"], loss.evaluate, loss.loss, tolerance=TOLERANCE)
     assert loss.asked[0] is first
     assert loss.asked[2] is last
     assert loss.asked[1]["vector"].dtype == torch.float64
@@ -137,20 +143,22 @@ def test_a_parameter_without_gradient_gets_zero_and_keeps_its_shape() -> None:
         whole = loss.evaluate(theta)
         return Evaluation(loss=whole.loss, gradient={"vector": whole.gradient["vector"]})
 
-    allocation = allocate(_split(start), _split(end), RULES["simpson"], evaluate, loss.loss)
-    assert torch.equal(allocation.lca["matrix"], torch.zeros(2, 3, dtype=torch.float64))
-    assert float(allocation.lca["scalar"]) == 0
-    assert bool((allocation.lca["vector"] > 0).all())
+    allocation = allocate(_split(start), _split(end), RULES["simpson"], evaluate, loss.loss, tolerance=TOLERANCE)
+    assert torch.equal(allocation.lca("matrix"), torch.zeros(2, 3, dtype=torch.float64))
+    assert float(allocation.lca("scalar")) == 0
+    assert bool((allocation.lca("vector") > 0).all())
+    assert allocation.geometry("matrix")[0] == 0
+    assert math.isnan(allocation.geometry("matrix")[2])
 
 
 def test_float32_parameters_are_accumulated_in_float64() -> None:
     start = {"w": torch.tensor([1.0, 1e-8])}
     end = {"w": torch.tensor([1.0 + 2**-20, 2e-8])}
     ones = Evaluation(loss=0.0, gradient={"w": torch.tensor([1.0, 3.0])})
-    allocation = allocate(start, end, RULES["simpson"], lambda theta: ones, lambda theta: 0.0)
-    assert allocation.lca["w"].dtype == torch.float64
+    allocation = allocate(start, end, RULES["simpson"], lambda theta: ones, lambda theta: 0.0, tolerance=TOLERANCE)
+    assert allocation.lca("w").dtype == torch.float64
     expected = (end["w"].double() - start["w"].double()) * torch.tensor([1.0, 3.0], dtype=torch.float64)
-    torch.testing.assert_close(allocation.lca["w"], expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(allocation.lca("w"), expected, rtol=1e-15, atol=0)
 
 
 NUMBERS = hnp.arrays(np.float64, SIZE, elements=st.floats(-10, 10, width=32))
@@ -167,8 +175,8 @@ def _rounding(loss: Loss, *points: Any) -> float:
 @given(matrix=MATRICES, slope=NUMBERS, start=NUMBERS, end=NUMBERS)
 def test_the_parts_of_a_step_split_at_its_midpoint_add_up_to_it(matrix: Any, slope: Any, start: Any, end: Any) -> None:
     loss, middle = _quadratic(matrix, slope), (start + end) / 2
-    parts = _join(loss.allocate(start, middle).lca) + _join(loss.allocate(middle, end).lca)
-    whole = _join(loss.allocate(start, end).lca)
+    parts = _lca(loss.allocate(start, middle)) + _lca(loss.allocate(middle, end))
+    whole = _lca(loss.allocate(start, end))
     np.testing.assert_allclose(parts, whole, rtol=0, atol=_rounding(loss, start, end))
 
 
@@ -177,7 +185,7 @@ def test_the_parts_of_a_step_split_at_its_midpoint_add_up_to_it(matrix: Any, slo
 def test_the_way_back_takes_back_what_the_way_gave(matrix: Any, slope: Any, start: Any, end: Any, rule: str) -> None:
     loss = _quadratic(matrix, slope)
     way, back = loss.allocate(start, end, rule), loss.allocate(end, start, rule)
-    np.testing.assert_allclose(_join(back.lca), -_join(way.lca), rtol=0, atol=_rounding(loss, start, end))
+    np.testing.assert_allclose(_lca(back), -_lca(way), rtol=0, atol=_rounding(loss, start, end))
     assert back.change == -way.change
 
 
@@ -185,17 +193,17 @@ def test_the_way_back_takes_back_what_the_way_gave(matrix: Any, slope: Any, star
 @given(matrix=MATRICES, slope=NUMBERS, start=NUMBERS, rule=st.sampled_from(sorted(RULES)))
 def test_a_step_that_stands_still_allocates_nothing(matrix: Any, slope: Any, start: Any, rule: str) -> None:
     allocation = _quadratic(matrix, slope).allocate(start, start, rule)
-    assert not _join(allocation.lca).any()
+    assert not _lca(allocation).any()
     assert allocation.change == allocation.residual == 0
 
 
 @pytest.mark.parametrize(
     ("residual", "change", "status"),
     [
-        (0.9e-3, 0.1, Status.CONVERGED),
-        (-0.9e-3, -0.1, Status.CONVERGED),
-        (1.1e-3, 0.1, Status.TOLERANCE_NOT_MET),
-        (-1.1e-3, -0.1, Status.TOLERANCE_NOT_MET),
+        (1.0e-3, 0.1, Status.CONVERGED),
+        (-1.0e-3, -0.1, Status.CONVERGED),
+        (1.02e-3, 0.1, Status.TOLERANCE_NOT_MET),
+        (-1.02e-3, -0.1, Status.TOLERANCE_NOT_MET),
         (0.9e-5, 0.0, Status.CONVERGED),
         (1.1e-5, 0.0, Status.TOLERANCE_NOT_MET),
         (math.nan, 0.1, Status.NOT_FINITE),
@@ -203,20 +211,99 @@ def test_a_step_that_stands_still_allocates_nothing(matrix: Any, slope: Any, sta
         (math.inf, math.inf, Status.NOT_FINITE),
     ],
 )
-def test_the_books_balance_within_the_larger_of_both_tolerances(residual: float, change: float, status: Status) -> None:
-    assert Tolerance(rtol=1e-2, atol=1e-5).status(residual, change) is status
+def test_the_books_balance_within_the_sum_of_both_tolerances(residual: float, change: float, status: Status) -> None:
+    assert Tolerance(rtol=1e-2, atol=1e-5).status(residual, 0.0, change) is status
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_below_the_rounding_floor_of_the_losses_every_residual_is_rounding(dtype: torch.dtype) -> None:
+    tolerance = Tolerance(rtol=0, atol=0, epsilon=torch.finfo(dtype).eps)
+    floor = 8 * torch.finfo(dtype).eps * 6
+    assert tolerance.status(0.99 * floor, -6.0, 5.0) is Status.CONVERGED
+    assert tolerance.status(1.01 * floor, -6.0, 5.0) is Status.TOLERANCE_NOT_MET
+
+
+def _allocation(*entries: float, loss_end: float = 0.0) -> Allocation:
+    gradient = {str(number): torch.tensor([entry], dtype=torch.float64) for number, entry in enumerate(entries)}
+    ones = {name: torch.ones(1, dtype=torch.float64) for name in gradient}
+    return Allocation(gradient=gradient, delta=ones, loss_start=0.0, loss_end=loss_end, evaluations=3, end=None)
 
 
 def test_infinities_of_both_signs_have_no_residual_and_no_traceback() -> None:
-    lca = {"a": torch.tensor([math.inf, 1.0]), "b": torch.tensor([-math.inf])}
-    allocation = Allocation(lca=lca, loss_start=1.0, loss_end=math.inf, evaluations=3, end=None)
+    allocation = _allocation(math.inf, 1.0, -math.inf, loss_end=math.inf)
     assert math.isnan(allocation.residual)
-    assert Tolerance(rtol=1, atol=1).status(allocation.residual, allocation.change) is Status.NOT_FINITE
+    assert Tolerance(rtol=1, atol=1).status(allocation.residual, 0.0, math.inf) is Status.NOT_FINITE
 
 
 def test_the_residual_survives_cancellation_between_parameters() -> None:
-    lca = {name: torch.tensor([value], dtype=torch.float64) for name, value in (("a", 1e16), ("b", 1.0), ("c", -1e16))}
-    assert Allocation(lca=lca, loss_start=0.0, loss_end=0.0, evaluations=3, end=None).residual == 1.0
+    assert _allocation(1e16, 1.0, -1e16).residual == 1.0
+
+
+def test_a_parameters_lca_is_the_product_of_both_lengths_and_the_cosine() -> None:
+    loss, _, start, end = _positive_quadratic()
+    allocation = loss.allocate(start, end)
+    for name in SHAPES:
+        gradient, update, cosine = allocation.geometry(name)
+        assert gradient == pytest.approx(float(allocation.gradient[name].norm()), rel=1e-12)
+        assert update == pytest.approx(float((_split(end)[name] - _split(start)[name]).norm()), rel=1e-12)
+        assert gradient * update * cosine == pytest.approx(float(allocation.lca(name).sum()), rel=1e-12)
+        assert 0 < cosine <= 1 + 1e-12
+
+
+# --- The adaptive rule ----------------------------------------------------------------------------------------------
+
+
+def _wave(frequency: float) -> Loss:
+    return Loss(
+        lambda x: float(np.sin(frequency * x.sum()) + 2),
+        lambda x: np.full(SIZE, np.cos(frequency * x.sum())) * frequency,
+    )
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4, 8])
+def test_halving_gives_what_the_composite_rule_gives_and_evaluates_nothing_twice(pieces: int) -> None:
+    generator = np.random.default_rng(3)
+    start = generator.uniform(0, 1, SIZE)
+    end = start + generator.uniform(0.1, 0.2, SIZE)
+    loss = _wave(3.0)
+    never = Tolerance(rtol=0.0, atol=0.0)
+    rule = dataclasses.replace(ADAPTIVE, most_pieces=pieces)
+    adaptive = allocate(_split(start), _split(end), rule, loss.evaluate, loss.loss, tolerance=never)
+    asked = len(loss.asked)
+    fixed = allocate(_split(start), _split(end), rule.composite(pieces), loss.evaluate, loss.loss, tolerance=never)
+    np.testing.assert_allclose(_lca(adaptive), _lca(fixed), rtol=1e-12, atol=0)
+    assert adaptive.evaluations == asked == 2 * pieces + 1
+    assert len({tuple(_join(theta)) for theta in loss.asked[:asked]}) == asked
+
+
+@pytest.mark.parametrize(("frequency", "evaluations"), [(0.01, 3), (2.0, 5), (6.0, 17)])
+def test_it_halves_only_until_the_books_balance(frequency: float, evaluations: int) -> None:
+    start, end = np.linspace(0, 0.3, SIZE), np.linspace(0.05, 0.5, SIZE)
+    allocation = _wave(frequency).allocate(start, end, "adaptive")
+    assert allocation.evaluations == evaluations
+    assert TOLERANCE.status(allocation.residual, allocation.loss_start, allocation.loss_end) is Status.CONVERGED
+
+
+def test_where_the_cap_is_reached_the_status_says_so() -> None:
+    start, end = np.zeros(SIZE), np.full(SIZE, 1.0)
+    allocation = _wave(40.0).allocate(start, end, "adaptive")
+    assert allocation.evaluations == 2 * ADAPTIVE.most_pieces + 1
+    status = TOLERANCE.status(allocation.residual, allocation.loss_start, allocation.loss_end)
+    assert status is Status.TOLERANCE_NOT_MET
+
+
+def test_a_step_that_is_not_finite_is_not_halved() -> None:
+    loss = Loss(lambda x: math.inf, lambda x: np.full(SIZE, math.inf))
+    assert loss.allocate(np.zeros(SIZE), np.ones(SIZE), "adaptive").evaluations == 3
+
+
+def test_the_adaptive_rule_too_uses_and_hands_on_the_evaluations_at_the_ends() -> None:
+    loss, _, start, end = _positive_quadratic()
+    known = loss.evaluate(_split(start))
+    allocation = loss.allocate(start, end, "adaptive", first=known)
+    assert allocation.evaluations == 2
+    assert allocation.end is not None
+    assert allocation.end.loss == allocation.loss_end
 
 
 @settings(deadline=None)
@@ -227,10 +314,11 @@ def test_units_are_summed_as_a_plain_loop_sums_them(shape: tuple[int, ...], data
     entries = data.draw(hnp.arrays(np.int64, shape, elements=st.integers(-9, 9)))
     parameter = Parameter(name="p", shape=shape, dtype="float32", unit_axis=axis)
     sums: list[float] = [0.0] * parameter.units
-    positive_sums, counts = list(sums), [0] * parameter.units
+    positive_sums, counts, zeros = list(sums), [0] * parameter.units, [0] * parameter.units
     for position in itertools.product(*map(range, shape)):
         unit, entry = position[axis] if shape else 0, int(entries[position])
         sums[unit] += entry
+        zeros[unit] += entry == 0
         if entry > 0:
             positive_sums[unit] += entry
             counts[unit] += 1
@@ -238,4 +326,5 @@ def test_units_are_summed_as_a_plain_loop_sums_them(shape: tuple[int, ...], data
     assert found.sum.tolist() == sums
     assert found.positive_sum.tolist() == positive_sums
     assert found.positive_count.tolist() == counts
+    assert found.zero_count.tolist() == zeros
     assert (found.sum.dtype, found.positive_count.dtype) == (torch.float64, torch.int64)

@@ -12,25 +12,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recorder.errors import UsageError
-from replay.quadrature import RULES, Rule, rule_named
+from replay.quadrature import ADAPTIVE, RULES, Rule, rule_named
 
-SIMPSON = RULES["simpson"]
+FIXED = {name: rule for name, rule in RULES.items() if isinstance(rule, Rule)}
+SIMPSON = FIXED["simpson"]
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [*FIXED.values(), *map(ADAPTIVE.composite, (1, 2, 8))], ids=lambda rule: rule.name)
 def test_the_error_of_one_step_falls_with_the_claimed_order(rule: Rule) -> None:
-    # f(x) = e^2x + x^7: no derivative vanishes within the steps.
+    # f(x) = e^2x around 0: no derivative vanishes.
     lengths = [2.0**-power for power in range(2, 6)]
     errors = []
     for length in lengths:
-        values = [math.exp(2 * length * node) + (length * node) ** 7 for node in rule.nodes]
+        values = [math.exp(2 * length * (node - 1 / 2)) for node in rule.nodes]
         approximate = length * math.fsum(weight * value for weight, value in zip(rule.weights, values, strict=True))
-        errors.append(abs(approximate - (math.exp(2 * length) - 1) / 2 - length**8 / 8))
+        errors.append(abs(approximate - math.sinh(length)))
     slope = np.polyfit(np.log(lengths), np.log(errors), 1)[0]
     assert slope == pytest.approx(rule.order + 1, abs=0.2)
 
 
-@given(rule=st.sampled_from(list(RULES.values())), data=st.data())
+@given(rule=st.sampled_from(list(FIXED.values())), data=st.data())
 def test_polynomials_of_degree_below_the_order_are_integrated_exactly(rule: Rule, data: st.DataObject) -> None:
     coefficients = data.draw(st.lists(st.floats(-1e3, 1e3), min_size=rule.order, max_size=rule.order))
     values = [math.fsum(c * node**degree for degree, c in enumerate(coefficients)) for node in rule.nodes]
@@ -65,7 +66,23 @@ def test_rules_say_which_ends_of_the_step_they_evaluate() -> None:
         "midpoint": (False, False),
         "euler": (True, False),
         "gauss2": (False, False),
+        "gauss3": (False, False),
+        "adaptive": (True, True),
     }
+
+
+def test_one_piece_is_simpsons_rule_and_the_middles_become_borders_when_halved() -> None:
+    assert ADAPTIVE.composite(1).nodes == SIMPSON.nodes
+    assert ADAPTIVE.composite(1).weights == pytest.approx(SIMPSON.weights, rel=1e-15)
+    for pieces in (1, 2, 4, 8):
+        coarse, fine = ADAPTIVE.composite(pieces), ADAPTIVE.composite(2 * pieces)
+        assert sorted({*coarse.nodes, *ADAPTIVE.middles(2 * pieces)}) == list(fine.nodes)
+
+
+@pytest.mark.parametrize("pieces", [0, -2, 3, 12])
+def test_pieces_that_halving_does_not_reach_are_refused(pieces: int) -> None:
+    with pytest.raises(ValueError, match=f"{pieces} pieces cannot be reached by halving"):
+        dataclasses.replace(ADAPTIVE, most_pieces=pieces)
 
 
 def test_an_unknown_rule_is_answered_with_the_known_ones() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from replay.shards import PER_STEP, PER_UNIT, Parameter, Settings, Shard, ShardFolder, Status
+from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, Parameter, Settings, Shard, ShardFolder, Status
 from replay.summary import summarise
 
 PARAMETER = Parameter(name="w", shape=(1,), dtype="float32")
@@ -41,6 +41,7 @@ def _folder(run: Path, residuals: Sequence[float], ends: Sequence[float], status
                 for name, dtype in PER_STEP.items()
             },
             per_unit={quantity: {"w": np.zeros((steps, 1), dtype)} for quantity, dtype in PER_UNIT.items()},
+            per_parameter={quantity: {"w": np.zeros(steps, dtype)} for quantity, dtype in PER_PARAMETER.items()},
         )
         folder.write(10 + start, 10 + start + steps, shard)
     return folder

@@ -21,7 +21,7 @@ import pytest
 
 from recorder.errors import DamagedFileError, FormatError, UsageError
 from replay import shards
-from replay.shards import PER_STEP, PER_UNIT, Parameter, Settings, Shard, ShardFolder, Status
+from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, Parameter, Settings, Shard, ShardFolder, Status
 
 SETTINGS = Settings(
     run_id="0123456789abcdef0123456789abcdef",
@@ -64,6 +64,10 @@ def _shard(start: int, stop: int) -> Shard:
             }
             for quantity, dtype in PER_UNIT.items()
         },
+        per_parameter={
+            quantity: {name: generator.normal(size=steps).astype(dtype) for name in ("out.weight", "scale")}
+            for quantity, dtype in PER_PARAMETER.items()
+        },
     )
 
 
@@ -86,11 +90,12 @@ def test_what_is_written_is_read_back(made: ShardFolder, tmp_path: Path) -> None
         for name, dtype in PER_STEP.items():
             assert found.per_step[name].dtype == dtype
             np.testing.assert_array_equal(found.per_step[name], expected.per_step[name])
-        for quantity, dtype in PER_UNIT.items():
-            assert found.per_unit[quantity].keys() == {"out.weight", "scale"}
-            for name, array in expected.per_unit[quantity].items():
-                assert found.per_unit[quantity][name].dtype == dtype
-                np.testing.assert_array_equal(found.per_unit[quantity][name], array)
+        for quantity, dtype in (PER_UNIT | PER_PARAMETER).items():
+            arrays = ({**found.per_unit, **found.per_parameter})[quantity]
+            assert arrays.keys() == {"out.weight", "scale"}
+            for name, array in ({**expected.per_unit, **expected.per_parameter})[quantity].items():
+                assert arrays[name].dtype == dtype
+                np.testing.assert_array_equal(arrays[name], array)
 
 
 def test_a_reader_that_knows_only_the_format_page_reads_a_shard(made: ShardFolder) -> None:
@@ -115,12 +120,13 @@ def test_a_reader_that_knows_only_the_format_page_reads_a_shard(made: ShardFolde
     expected = _shard(8, 11)
     assert arrays.keys() == {
         *PER_STEP,
-        *(f"{quantity}/{name}" for quantity in PER_UNIT for name in ("out.weight", "scale")),
+        *(f"{quantity}/{name}" for quantity in PER_UNIT | PER_PARAMETER for name in ("out.weight", "scale")),
     }
     np.testing.assert_array_equal(arrays["step"], [8, 9, 10])
     np.testing.assert_array_equal(arrays["sum/out.weight"], expected.per_unit["sum"]["out.weight"])
     assert arrays["status"].dtype == np.uint8
     assert arrays["positive_count/scale"].shape == (3, 1)
+    assert arrays["cosine/scale"].shape == (3,)
     assert [status.name for status in Status] == ["CONVERGED", "TOLERANCE_NOT_MET", "NOT_FINITE"]
     assert [int(status) for status in Status] == [0, 1, 2]
 
@@ -193,7 +199,7 @@ def test_flipped_bits_are_noticed(made: ShardFolder) -> None:
     data = bytearray(made.file(0, 8).read_bytes())
     data[-1] ^= 1
     made.file(0, 8).write_bytes(data)
-    with pytest.raises(DamagedFileError, match=r"positive_count/scale' is damaged: expected CRC-32 \d+, found \d+"):
+    with pytest.raises(DamagedFileError, match=r"cosine/scale' is damaged: expected CRC-32 \d+, found \d+"):
         made.read(0, 8)
 
 
