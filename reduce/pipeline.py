@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Arrays = dict[str, npt.NDArray[Any]]
 
 _OF_THE_UPDATE = ("epoch", "lr", "predictions")
-_OF_THE_ENTRY = ("loss_start", "loss_end", "residual", "status", "evaluations")
+_OF_THE_ENTRY = ("loss_start", "loss_end", "residual", "tolerance", "status", "evaluations")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)

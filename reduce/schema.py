@@ -87,6 +87,7 @@ VARIABLES = {
     "loss_start": _field(_ENTRY, np.float64, "nat", "loss before the step"),
     "loss_end": _field(_ENTRY, np.float64, "nat", "loss after the step"),
     "residual": _field(_ENTRY, np.float64, "nat", "sum of LCA minus measured change of the loss"),
+    "tolerance": _field(_ENTRY, np.float64, "nat", "largest residual of a balanced entry"),
     "status": Field(dims=_ENTRY, dtype=np.int8, units="1", long_name="how the entry came about", flags=STATUSES),
     "evaluations": _field(_ENTRY, np.int64, "1", "gradient evaluations"),
     "n_parameters": _field(("layer", "component"), np.int64, "1", "entries in the cell"),

@@ -20,7 +20,7 @@ from recorder.recovery import recover
 from recorder.runformat import Run
 from replay import lossdata
 from replay.progress import with_progress
-from replay.quadrature import RULES
+from replay.quadrature import ADAPTIVE, RULES, AdaptiveRule
 from replay.selfcheck import check_update
 from replay.serial import run_serially
 from replay.summary import summarise
@@ -44,12 +44,15 @@ def _parser() -> argparse.ArgumentParser:
         help=f"batch, probe:N or valid:N; may be given several times (default: {' and '.join(lossdata.DEFAULT)})",
     )
     parser.add_argument(
-        "--rule", default="simpson", choices=sorted(RULES), help="quadrature rule (default %(default)s)"
+        "--rule", default=ADAPTIVE.name, choices=sorted(RULES), help="quadrature rule (default %(default)s)"
     )
     parser.add_argument(
-        "--rtol", type=float, default=1e-2, help="the books balance if |residual| <= max(rtol*|change|, atol)"
+        "--rtol",
+        type=float,
+        default=1e-3,
+        help="the books of a step balance if |residual| <= rtol*|change| + atol + rounding (default %(default)s)",
     )
-    parser.add_argument("--atol", type=float, default=1e-5, help="in nats (default %(default)s)")
+    parser.add_argument("--atol", type=float, default=0.0, help="in nats (default %(default)s)")
     parser.add_argument("--steps", metavar="START:STOP", help="only the shards that hold these steps")
     parser.add_argument("--chunk", type=int, default=8, metavar="N", help="steps to a shard (default %(default)s)")
     parser.add_argument(
@@ -165,8 +168,10 @@ def _replay(options: argparse.Namespace) -> int:
         evaluations = sum(opened.evaluations(task) for task in tasks)
         free = shutil.disk_usage(run.path).free
         written = sum(opened.bytes_written(task) for task in tasks)
+        least = "at least " if isinstance(opened.rule, AdaptiveRule) else ""
         commandline.say(
-            f"dry run: {evaluations} gradient evaluations, {written / 1e6:.1f} MB to write ({free / 1e9:.1f} GB free)"
+            f"dry run: {least}{evaluations} gradient evaluations, {written / 1e6:.1f} MB to write "
+            f"({free / 1e9:.1f} GB free)"
         )
         return commandline.DONE
     workers = options.workers or os.cpu_count() or 1

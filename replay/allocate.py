@@ -45,6 +45,22 @@ class Tolerance:
     atol: float
     epsilon: float = 0.0
 
+    def allowed(self, loss_start: float, loss_end: float) -> float:
+        """Return the largest |residual| of a balanced entry.
+
+        Parameters
+        ----------
+        loss_start, loss_end
+            The measured losses, in nats.
+
+        Returns
+        -------
+        float
+            In nats; NaN or infinite where the losses are.
+        """
+        floor = FLOOR_ULPS * self.epsilon * max(abs(loss_start), abs(loss_end))
+        return self.rtol * abs(loss_end - loss_start) + self.atol + floor
+
     def status(self, residual: float, loss_start: float, loss_end: float) -> Status:
         """Judge one entry.
 
@@ -60,11 +76,9 @@ class Tolerance:
         Status
             Converged, tolerance not met, or not finite.
         """
-        change = loss_end - loss_start
-        if not (math.isfinite(residual) and math.isfinite(change)):
+        if not (math.isfinite(residual) and math.isfinite(loss_end - loss_start)):
             return Status.NOT_FINITE
-        floor = FLOOR_ULPS * self.epsilon * max(abs(loss_start), abs(loss_end))
-        within = abs(residual) <= self.rtol * abs(change) + self.atol + floor
+        within = abs(residual) <= self.allowed(loss_start, loss_end)
         return Status.CONVERGED if within else Status.TOLERANCE_NOT_MET
 
 

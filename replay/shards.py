@@ -73,13 +73,14 @@ PER_STEP = {
     "loss_start": np.float64,
     "loss_end": np.float64,
     "residual": np.float64,
+    "tolerance": np.float64,
     "status": np.uint8,
     "evaluations": np.int64,
 }
 """Arrays of shape (steps,) in every shard, with their dtypes.
 
-``epoch``, ``lr`` and ``predictions`` are those of the recorded update; the losses and the residual are in nats on
-the shard's loss data; ``evaluations`` counts gradient evaluations.
+``epoch``, ``lr`` and ``predictions`` are those of the recorded update; the losses, the residual and the tolerance, the
+largest residual of a balanced entry, are in nats on the shard's loss data; ``evaluations`` counts gradient evaluations.
 """
 
 PER_UNIT = {"sum": np.float64, "positive_sum": np.float64, "positive_count": np.int64, "zero_count": np.int64}

@@ -272,6 +272,7 @@ class Replayer:
             "loss_start": allocation.loss_start,
             "loss_end": allocation.loss_end,
             "residual": residual,
+            "tolerance": self._tolerance.allowed(allocation.loss_start, allocation.loss_end),
             "status": self._tolerance.status(residual, allocation.loss_start, allocation.loss_end),
             "evaluations": allocation.evaluations,
         }

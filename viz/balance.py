@@ -105,11 +105,13 @@ def _books(figure: Figure, left: float, top: float, width: float, book: xr.Datas
 
 def _head(cube: xr.Dataset, data: str, book: xr.Dataset) -> str:
     totals = select.totals(cube, data)
-    units = totals.units
+    rtol, atol = select.asked_tolerance(cube, data)
+    parts = [f"{wording.power(rtol)}·|ΔL|"] if rtol > 0 else []
+    parts += [f"{wording.power(atol)} {totals.units}"] if atol > 0 else []
+    tolerance = " + ".join([*parts, "rounding"])
     return (
-        f"{wording.steps(totals)}; {wording.path(totals)}; tolerance "
-        f"max({wording.power(book.attrs['rtol'])}·|ΔL|, {wording.power(book.attrs['atol'])} {units}), "
-        f"beyond it: {int(book['beyond'].sum()):,}"
+        f"{wording.steps(totals)}; {wording.path(totals)}; tolerance {tolerance}, beyond it: "
+        f"{int(book['beyond'].sum()):,}"
     )
 
 

@@ -8,6 +8,7 @@ they are stands beside every sum (`Totals.statuses`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,8 +20,6 @@ from recorder.errors import UsageError
 
 COUNTED = ("converged", "tolerance_not_met")
 STEPS_AT_ONCE = 4096  # bounds the memory: 125,000 steps of a 12-layer model are 200 MB
-DEFAULT_RTOL = 1e-2
-DEFAULT_ATOL = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +159,8 @@ def summed_over_steps(cube: xr.Dataset, data: str) -> xr.DataArray:
     )
 
 
-def tolerance(cube: xr.Dataset, data: str) -> tuple[float, float]:
-    """Read the tolerance that a loss data was replayed with.
+def asked_tolerance(cube: xr.Dataset, data: str) -> tuple[float, float]:
+    """Read the tolerance that the user asked for when a loss data was replayed.
 
     Parameters
     ----------
@@ -173,12 +172,12 @@ def tolerance(cube: xr.Dataset, data: str) -> tuple[float, float]:
     Returns
     -------
     rtol : float
-        Relative to |ΔL|; from the cube's provenance, else 1e-2.
+        Relative to |ΔL|; from the cube's provenance, NaN where it does not tell.
     atol : float
-        In nats; from the cube's provenance, else 1e-5.
+        In nats, likewise.
     """
     settings = json.loads(cube.attrs.get("provenance", "{}")).get("loss_data", {}).get(data, {})
-    return float(settings.get("rtol", DEFAULT_RTOL)), float(settings.get("atol", DEFAULT_ATOL))
+    return float(settings.get("rtol", math.nan)), float(settings.get("atol", math.nan))
 
 
 def balance(cube: xr.Dataset, data: str) -> xr.Dataset:
@@ -195,9 +194,9 @@ def balance(cube: xr.Dataset, data: str) -> xr.Dataset:
     -------
     xarray.Dataset
         Of dimension ``step``, in nats: ``allocated`` (Σ LCA over all cells), ``measured`` (ΔL = loss_end -
-        loss_start), ``residual`` as the cube has it, ``tolerance`` = max(rtol·|ΔL|, atol), all NaN at steps that
-        do not count; ``beyond``: the status says ``tolerance_not_met``, or |residual| or |allocated -
-        measured| exceeds the tolerance; ``status`` by name.
+        loss_start), ``residual`` and ``tolerance`` as the cube has them, all NaN at steps that do not count;
+        ``beyond``: the status says ``tolerance_not_met``, or |residual| or |allocated - measured| exceeds the
+        tolerance; ``status`` by name.
     """
     counted = _counted(cube, data)
     filled = (cube["n_parameters"].transpose("layer", "component") > 0).to_numpy()
@@ -205,11 +204,10 @@ def balance(cube: xr.Dataset, data: str) -> xr.Dataset:
     for steps, block in _blocks(cube, data):
         allocated[steps] = block[:, filled].sum(axis=1)
     allocated[~counted] = np.nan
-    one = cube[["loss_start", "loss_end", "residual"]].sel(data=data).load()
+    one = cube[["loss_start", "loss_end", "residual", "tolerance"]].sel(data=data).load()
     measured = np.where(counted, (one["loss_end"] - one["loss_start"]).to_numpy(), np.nan)
     residual = np.where(counted, one["residual"].to_numpy(), np.nan)
-    rtol, atol = tolerance(cube, data)
-    allowed = np.where(counted, np.maximum(rtol * np.abs(measured), atol), np.nan)
+    allowed = np.where(counted, one["tolerance"].to_numpy(), np.nan)
     status = statuses(cube, data)
     beyond = (status.to_numpy() == "tolerance_not_met") | (np.abs(residual) > allowed)
     # The cube's own cells must add up too, and not only what replay saw before they were grouped.
@@ -226,7 +224,6 @@ def balance(cube: xr.Dataset, data: str) -> xr.Dataset:
             "status": status,
         },
         coords={"step": cube["step"]},
-        attrs={"rtol": rtol, "atol": atol},
     )
 
 
@@ -247,7 +244,9 @@ def totals(cube: xr.Dataset, data: str) -> Totals:
     """
     cells = summed_over_steps(cube, data)
     names = statuses(cube, data).to_numpy()
-    one = cube[["loss_start", "loss_end", "residual"]].sel(data=data).isel(step=_counted(cube, data)).load()
+    one = (
+        cube[["loss_start", "loss_end", "residual", "tolerance"]].sel(data=data).isel(step=_counted(cube, data)).load()
+    )
     sizes = np.abs(one["residual"].to_numpy())
     worst = int(sizes.argmax()) if sizes.size else None
     filled = cube["n_parameters"].sum("layer").to_numpy() > 0

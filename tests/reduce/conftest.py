@@ -39,6 +39,7 @@ def _shard(loss_data: str, parameters: Sequence[Parameter], start: int, stop: in
         "loss_start": np.array([draw[0] for draw in draws]),
         "loss_end": np.array([draw[1] for draw in draws]),
         "residual": np.array([1e-6 * draw[2] for draw in draws]),
+        "tolerance": np.full(len(steps), 1e-6),
         "status": np.array([step % 2 for step in steps]),
         "evaluations": np.array([3 + step % 4 for step in steps]),
     }

@@ -79,6 +79,8 @@ def make_cube(
     loss_end = 9.0 + np.cumsum(np.nan_to_num(change), axis=1)
     loss_start = loss_end - change
     loss_end[np.isnan(change)] = np.nan
+    allowed = np.array([_tolerance(name, tolerances) for name in data])[:, :, None]
+    allowed = allowed[:, 0] * np.abs(change) + allowed[:, 1] + 1e-6
     head = np.full((*amounts[:3], len(ATTENTION + CROSS), HEADS), np.nan)
     head[...] = lca[..., : len(ATTENTION + CROSS), None] / HEADS
     cells, entry_dims = ("data", "step", "layer", "component"), ("data", "step")
@@ -94,6 +96,7 @@ def make_cube(
             "loss_start": _named(entry_dims, loss_start, "loss before the step", "nat"),
             "loss_end": _named(entry_dims, loss_end, "loss after the step", "nat"),
             "residual": _named(entry_dims, residual, "residual", "nat"),
+            "tolerance": _named(entry_dims, allowed, "largest residual of a balanced entry", "nat"),
             "status": _named(
                 entry_dims,
                 codes,
@@ -129,6 +132,11 @@ def make_cube(
             "provenance": json.dumps({"loss_data": tolerances or {}}),
         },
     )
+
+
+def _tolerance(name: str, tolerances: dict[str, dict[str, float]] | None) -> tuple[float, float]:
+    asked = (tolerances or {}).get(name, {})
+    return asked.get("rtol", 1e-2), asked.get("atol", 1e-5)
 
 
 @pytest.fixture(name="make_cube")
