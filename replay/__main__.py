@@ -19,6 +19,7 @@ from recorder.ranges import describe_ranges
 from recorder.recovery import recover
 from recorder.runformat import Run
 from replay import lossdata
+from replay.precision import PRECISIONS
 from replay.progress import with_progress
 from replay.quadrature import ADAPTIVE, RULES, AdaptiveRule
 from replay.selfcheck import check_update
@@ -60,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's threads in each worker")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=list(PRECISIONS),
+        help="of loss and gradient; sums are in float64 (default: float32, float64 where training recorded that)",
+    )
     parser.add_argument("--workload", metavar="MODULE:FUNCTION", help="what rebuilds the training; or 'recorded'")
     parser.add_argument("--data", metavar="FOLDER", help="where fairseq's binarised data is now, if it has moved")
     parser.add_argument("--dry-run", action="store_true", help="check, say what would be done, and stop")
@@ -98,6 +104,7 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
         atol=options.atol,
         chunk=options.chunk,
         device="cuda" if on_gpu else "cpu",
+        dtype=options.dtype,
         threads=options.threads,
         workload=options.workload,
         data=None if options.data is None else str(Path(options.data).resolve()),

@@ -1,7 +1,6 @@
 """The mean loss on given micro-batches, and its gradient, at any parameters.
 
-Sums and counts, exactly as training normalises them: L = Σ loss sums / Σ predictions over the micro-batches. What
-training did in 16 bit is computed in float32: a step's change of the loss can be as small as the rounding of 16 bit.
+Sums and counts, exactly as training normalises them: L = Σ loss sums / Σ predictions over the micro-batches.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from recorder.workload import Workload
-
-SIXTEEN_BIT = frozenset({torch.float16, torch.bfloat16})
+    from replay.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,33 +35,6 @@ class Evaluation:
 
     loss: float
     gradient: Mapping[str, torch.Tensor]
-
-
-def widened(values: Any) -> Any:
-    """Copy 16-bit floating-point tensors into float32; all else stays as it is.
-
-    Parameters
-    ----------
-    values
-        Tensors in any nest of dicts, lists and tuples: parameters by name, or a micro-batch.
-
-    Returns
-    -------
-    Any
-        The same nest.
-    """
-    if isinstance(values, torch.Tensor):
-        return values.float() if values.dtype in SIXTEEN_BIT else values
-    if isinstance(values, Mapping):
-        return {key: widened(entry) for key, entry in values.items()}
-    if isinstance(values, list | tuple):
-        return type(values)(widened(entry) for entry in values)
-    return values
-
-
-def _widen_model(model: nn.Module) -> None:
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = widened(tensor.data)
 
 
 def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
@@ -95,8 +66,6 @@ def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, 
 class LossSurface:
     """A model as a function from parameters and micro-batches to loss and gradient, dropout off.
 
-    Parameters, buffers and batches of 16 bit are taken in float32.
-
     Parameters
     ----------
     workload
@@ -107,6 +76,8 @@ class LossSurface:
         Values of all other parameters of the run.
     device
         Where to compute.
+    precision
+        In which numbers.
 
     Raises
     ------
@@ -115,12 +86,19 @@ class LossSurface:
     """
 
     def __init__(
-        self, workload: Workload, names: Sequence[str], fixed: Mapping[str, torch.Tensor], device: torch.device
+        self,
+        workload: Workload,
+        names: Sequence[str],
+        fixed: Mapping[str, torch.Tensor],
+        device: torch.device,
+        precision: Precision,
     ) -> None:
         self._workload = workload
         self.device = device
+        self.precision = precision
         self._model: nn.Module = workload.model().to(device)
-        _widen_model(self._model)
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            tensor.data = precision.converted(tensor.data)
         self._model.eval()
         present = dict(self._model.named_parameters())
         missing = [name for name in (*names, *fixed) if name not in present]
@@ -177,7 +155,8 @@ class LossSurface:
             parameter.grad = None
         loss_sum, predictions = 0.0, 0.0
         for micro_batch in micro_batches:
-            loss, count = self._workload.loss(self._model, widened(micro_batch))
+            with self.precision.forward(self.device):
+                loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach())
             predictions += float(count)
@@ -203,9 +182,9 @@ class LossSurface:
         """
         set_parameters(self._parameters, theta)
         loss_sum, predictions = 0.0, 0.0
-        with torch.no_grad():
+        with torch.no_grad(), self.precision.forward(self.device):
             for micro_batch in micro_batches:
-                loss, count = self._workload.loss(self._model, widened(micro_batch))
+                loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
                 loss_sum += float(loss)
                 predictions += float(count)
         return loss_sum / predictions

@@ -16,8 +16,9 @@ import torch
 
 from recorder.batches import to_device
 from recorder.workload import RepeatedUpdate
-from replay.gradients import SIXTEEN_BIT, set_parameters
+from replay.gradients import set_parameters
 from replay.lossdata import recorded_or_collated
+from replay.precision import SIXTEEN_BIT
 
 if TYPE_CHECKING:
     from torch import nn

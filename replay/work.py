@@ -21,7 +21,8 @@ from recorder.runformat import Run
 from recorder.steps import Step
 from replay import lossdata
 from replay.allocate import Tolerance, allocate, sum_over_units
-from replay.gradients import Evaluation, LossSurface, widened
+from replay.gradients import Evaluation, LossSurface
+from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
 from replay.settings import Settings, digest_of_table
 from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, ShardFolder
@@ -50,6 +51,8 @@ class Job:
         Steps to a shard.
     device
         ``cpu`` or ``cuda``.
+    dtype
+        Name of the precision; None for what fits the recorded parameters.
     threads
         Threads of torch in each worker.
     workload, data
@@ -64,6 +67,7 @@ class Job:
     atol: float
     chunk: int
     device: str
+    dtype: str | None
     threads: int
     workload: str | None
     data: str | None
@@ -119,13 +123,19 @@ class Replayer:
         self.job = job
         self.run = Run(Path(job.run))
         self.rule = rule_named(job.rule)
-        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=torch.finfo(torch.float32).eps)
+        trained = self.run.manifest.trained
+        self._precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
+        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self._precision.epsilon)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self._device = torch.device(job.device)
-        self._trained = self.run.manifest.trained
+        self._trained = trained
         self._held = bool(self.run.manifest.buffers)
         self._surface = LossSurface(
-            self.workload, [parameter.name for parameter in self._trained], self.run.untrained(), self._device
+            self.workload,
+            [parameter.name for parameter in self._trained],
+            self.run.untrained(),
+            self._device,
+            self._precision,
         )
         first = self.run.step(self.run.steps[0])
         requests = [lossdata.parse(text) for text in job.loss_data]
@@ -147,7 +157,7 @@ class Replayer:
             atol=self.job.atol,
             dropout="off",
             chunk=self.job.chunk,
-            recipe=current_recipe(self._device),
+            recipe={**current_recipe(self._device), "dtype": self._precision.name},
         )
         provenance = {
             "run": dict(manifest.provenance),
@@ -226,7 +236,9 @@ class Replayer:
         return per_step * (task.stop - task.start) * len(task.loss_data)
 
     def _theta(self, t: int) -> dict[str, torch.Tensor]:
-        return {name: widened(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()}
+        return {
+            name: self._precision.converted(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()
+        }
 
     def _empty_shard(self, steps: int) -> Shard:
         return Shard(

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from recorder.errors import FormatError
 from replay.gradients import LossSurface
+from replay.precision import PRECISIONS
 
 CPU = torch.device("cpu")
 ROWS, WIDTH = 12, 3
@@ -63,10 +64,11 @@ def _values(*, seed: int = 2) -> dict[str, torch.Tensor]:
 
 TRAINED = ["first.weight", "second.weight", "second.bias", "unused"]
 FIXED = ["first.bias"]
+FLOAT64 = PRECISIONS["float64"]
 
 
 def _surface(values: dict[str, torch.Tensor]) -> LossSurface:
-    return LossSurface(_Regression(), TRAINED, {name: values[name] for name in FIXED}, CPU)
+    return LossSurface(_Regression(), TRAINED, {name: values[name] for name in FIXED}, CPU, FLOAT64)
 
 
 def _by_hand(values: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -126,16 +128,16 @@ def test_a_parameter_that_the_model_lacks_is_named(trained: list[str], fixed: di
         "was the model's code changed since the training?"
     )
     with pytest.raises(FormatError) as caught:
-        LossSurface(_Regression(), trained, fixed, CPU)
+        LossSurface(_Regression(), trained, fixed, CPU, FLOAT64)
     assert str(caught.value) == message
 
 
 def test_a_parameter_of_another_shape_is_named_with_both_shapes() -> None:
     message = "parameter 'first.bias' has shape (5,) in the run, but (4,) in the model that the workload builds"
     with pytest.raises(FormatError) as at_once:
-        LossSurface(_Regression(), [], {"first.bias": torch.zeros(5)}, CPU)
+        LossSurface(_Regression(), [], {"first.bias": torch.zeros(5)}, CPU, FLOAT64)
     assert str(at_once.value) == message
-    surface = LossSurface(_Regression(), ["first.bias"], {}, CPU)
+    surface = LossSurface(_Regression(), ["first.bias"], {}, CPU, FLOAT64)
     with pytest.raises(FormatError) as later:
         surface.evaluate({"first.bias": torch.zeros(5)}, [_rows()])
     assert str(later.value) == message

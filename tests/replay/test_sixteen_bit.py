@@ -17,7 +17,8 @@ from recorder.errors import MismatchError
 from recorder.masters import views_of
 from recorder.runformat import Run
 from replay import shards
-from replay.gradients import LossSurface, widened
+from replay.gradients import LossSurface
+from replay.precision import fitting
 from replay.repetition import sixteen_bit_dtype
 from replay.selfcheck import check_update
 from tests.cases import LanguageModelling
@@ -221,12 +222,13 @@ class _Narrow:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_model_buffers_and_batches_of_16_bit_are_taken_in_float32_and_others_as_they_are(dtype: torch.dtype) -> None:
+def test_model_buffers_and_batches_are_taken_in_the_precision_asked_for(dtype: torch.dtype) -> None:
     task = _Narrow(dtype=dtype)
-    theta = widened({"weight": torch.full((1, 3), 1 / 3, dtype=dtype), "bias": torch.zeros(1, dtype=dtype)})
-    surface = LossSurface(task, ["weight", "bias"], {}, torch.device("cpu"))
+    precision = fitting([str(dtype).removeprefix("torch.")])
+    theta = {"weight": torch.full((1, 3), 1 / 3, dtype=dtype), "bias": torch.zeros(1, dtype=dtype)}
+    surface = LossSurface(task, ["weight", "bias"], {}, torch.device("cpu"), precision)
     batch = {"x": torch.ones(1, 3, dtype=dtype), "id": torch.tensor([4])}
-    evaluation = surface.evaluate(theta, [batch])
+    evaluation = surface.evaluate(precision.converted(theta), [batch])
     assert {gradient.dtype for gradient in evaluation.gradient.values()} == {task.expected}
-    assert evaluation.loss == pytest.approx(2 * float(theta["weight"].sum()), rel=1e-6)
-    assert widened([batch])[0]["id"].dtype == torch.int64
+    assert evaluation.loss == pytest.approx(2 * float(theta["weight"].double().sum()), rel=1e-6)
+    assert precision.converted([batch])[0]["id"].dtype == torch.int64
