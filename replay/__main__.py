@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import math
-import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,14 +19,18 @@ from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
 from recorder.recovery import recover
 from recorder.runformat import Run
-from replay import lossdata
+from replay import lossdata, where
+from replay.log import Log
+from replay.outcomes import Outcome, gather
 from replay.precision import PRECISIONS
 from replay.progress import with_progress
 from replay.quadrature import ADAPTIVE, RULES, AdaptiveRule
 from replay.selfcheck import check_update
 from replay.serial import run_serially
+from replay.shards import FOLDER
 from replay.summary import summarise
-from replay.work import Job, Receipt, Replayer, Task, plan, replayer
+from replay.where import Where
+from replay.work import Job, Replayer, Task, plan, replayer
 
 PROGRAM = "python -m replay"
 
@@ -56,10 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--atol", type=float, default=0.0, help="in nats (default %(default)s)")
     parser.add_argument("--steps", metavar="START:STOP", help="only the shards that hold these steps")
     parser.add_argument("--chunk", type=int, default=8, metavar="N", help="steps to a shard (default %(default)s)")
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="worker processes; 1 works in this process (default: one a processor)"
-    )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's threads in each worker")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
         "--dtype",
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check, say what would be done, and stop")
     parser.add_argument("--overwrite", action="store_true", help="compute finished shards of these settings again")
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
+    where.add_arguments(parser)
     return parser
 
 
@@ -148,22 +150,26 @@ def _remove_stale(run: Run, opened: Replayer) -> None:
         commandline.say(f"{run.path}: {len(stale)} shards of steps that were recorded anew are removed")
 
 
-def _run_tasks(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receipt]:
-    if workers == 1 or len(tasks) == 1:
+def _run_tasks(job: Job, tasks: Sequence[Task], chosen: Where) -> Generator[Outcome]:
+    if not chosen.existing and not chosen.dashboard and (chosen.workers == 1 or len(tasks) == 1):
         return run_serially(job, tasks)
-    from replay.cluster import run_in_processes
+    # Imported only where it is needed: dask takes a second.
+    from replay.cluster import run_in_cluster
 
-    return run_in_processes(job, tasks, workers)
+    return run_in_cluster(job, tasks, chosen)
 
 
 def _replay(options: argparse.Namespace) -> int:
     run = _open(options.run)
     job = _job(options, run)
+    chosen = where.chosen(options, job)
     opened = replayer(job)
     if not options.dry_run:
         _remove_stale(run, opened)
     consecutive = run.consecutive
-    tasks = _wanted(options.steps, plan(job, opened.folders, consecutive, again=options.overwrite))
+    ours = where.share(options.shard, _wanted(options.steps, plan(job, opened.folders, consecutive, again=True)))
+    to_do = plan(job, opened.folders, consecutive, again=options.overwrite)
+    tasks = [task for task in to_do if (task.start, task.stop) in ours]
     steps = sum(task.stop - task.start for task in tasks)
     commandline.say(
         f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(opened.folders)}; "
@@ -181,10 +187,25 @@ def _replay(options: argparse.Namespace) -> int:
             f"({free / 1e9:.1f} GB free)"
         )
         return commandline.DONE
-    workers = options.workers or os.cpu_count() or 1
-    for _ in with_progress(_run_tasks(job, tasks, workers) if tasks else iter(()), steps):
-        pass
+    if tasks:
+        _work(job, tasks, chosen, Log(run.path / FOLDER))
     return _conclude(options, opened)
+
+
+def _work(job: Job, tasks: Sequence[Task], chosen: Where, log: Log) -> None:
+    log.write(f"asked for {len(tasks)} shards: {job}; {chosen}; {_versions()}")
+    try:
+        with contextlib.closing(_run_tasks(job, tasks, chosen)) as outcomes:
+            gather(with_progress(outcomes, sum(task.stop - task.start for task in tasks)), tasks, log)
+    except BaseException as error:
+        log.write(f"ended by {type(error).__name__}: {error}")
+        raise
+    log.write("all finished")
+
+
+def _versions() -> str:
+    packages = ("lossledger", "torch", "numpy", "dask", "distributed")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 def _conclude(options: argparse.Namespace, opened: Replayer) -> int:

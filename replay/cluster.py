@@ -1,32 +1,62 @@
 """Run tasks in worker processes through dask.distributed: the only place of replay that names dask.
 
-A local cluster of spawned processes, one thread of torch each, on loopback with TLS and without a dashboard: a
-default LocalCluster lets any local user run code as its owner.
+By default a scheduler in this process, with workers of our own (`replay.workers`), one thread of torch each, on
+loopback with TLS and without a dashboard: a default LocalCluster lets any local user run code as its owner. Or any
+scheduler that is there already, with whatever workers it has.
+
+A worker is given one chunk at a time. So a worker's death is blamed on the chunk it was at, not on those that waited,
+and what is lost with this process is the chunks in the making.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
+import json
 import logging
-import signal
+import os
+import queue
+import sys
+import tempfile
 import threading
-import traceback
-from collections.abc import Iterator, Sequence
+import time
+import uuid
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import dask
-from distributed import Client, LocalCluster, as_completed
+from distributed import Client, Future, KilledWorker, LocalCluster, Security, Worker, get_worker
 
-from recorder.errors import LossledgerError
-from replay.work import Job, Receipt, Task, do
+from recorder import commandline
+from recorder.errors import UsageError
+from replay.outcomes import Failure, Outcome, StalledError, reason_and_trace
+from replay.where import Where
+from replay.work import Job, Receipt, Task, do, replayer
+from replay.workers import WorkerProcesses, end_with_the_driver
 
-_CONFIGURATION = {
-    # Without it a cluster whose workers all died waits for ever.
-    "distributed.scheduler.no-workers-timeout": "60s",
-    "distributed.worker.multiprocessing-method": "spawn",
-}
+TICK = 0.5
+"""Seconds between two looks at the workers."""
+
+_CREDENTIALS = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")
 
 
-def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receipt]:
-    """Do the tasks in a local cluster of worker processes.
+class _Cluster(Protocol):
+    """A scheduler to submit to, and a look at its workers."""
+
+    client: Client
+
+    def workers(self) -> int:
+        """Count the workers that are ready; never waits."""
+
+    def close(self) -> None:
+        """Leave it as it was found."""
+
+
+def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[Outcome]:
+    """Do the tasks in a cluster of worker processes.
 
     Parameters
     ----------
@@ -34,74 +64,274 @@ def run_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[
         What to do.
     tasks
         Its parts.
-    workers
-        Number of processes.
+    where
+        In which processes.
 
     Yields
     ------
-    Receipt
-        Of each finished task, in the order in which they finish.
+    Receipt or Failure
+        Of each task, in the order in which they end.
 
     Raises
     ------
-    LossledgerError
-        If a task fails; what the others have finished is on disk.
+    StalledError
+        If no step is finished for too long, or the scheduler is gone; what was finished is on disk.
     """
-    environment = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    folders = replayer(job).folders
+    # Workers of another machine, and of another folder, read the run by the same path.
+    away = dataclasses.replace(job, run=str(Path(job.run).resolve()))
+    expected = {name: folder.settings.hash for name, folder in folders.items()}
+    token = uuid.uuid4().hex
+    events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    waiting = deque(tasks)
+    # A task's key on the scheduler is of this command alone: another replay may use the same one.
+    doing: dict[str, tuple[Task, Future]] = {}
+    told: dict[str, str] = {}
+    with contextlib.closing(_cluster(job, len(tasks), where)) as cluster:
+        client = cluster.client
+        client.subscribe_topic(token, lambda event: events.put(("told", event[1])))
+        progress = time.monotonic()
+        while waiting or doing:
+            ready = cluster.workers()
+            while waiting and len(doing) < ready:
+                task = waiting.popleft()
+                key = f"{token}-{task.start}-{task.stop}"
+                future = client.submit(_do, token, away, expected, task, key=key, pure=False)
+                doing[key] = task, future
+                future.add_done_callback(lambda future: events.put(("ended", future.key)))
+            if time.monotonic() - progress > where.stall_seconds:
+                raise StalledError(_stalled(where, [told.get(key, "") for key in doing], ready))
+            try:
+                what, content = events.get(timeout=TICK)
+            except queue.Empty:
+                continue
+            progress = time.monotonic()
+            if what == "told":
+                key, line = content
+                told[key] = line
+                continue
+            task, future = doing.pop(content)
+            if future.status == "finished":
+                yield _receipt(task, [folders[name].file(task.start, task.stop) for name in task.loss_data])
+            elif future.status == "error":
+                yield _failure(task, future)
+            else:
+                message = f"the dask scheduler{f' at {where.address}' if where.address else ''} is gone"
+                raise StalledError(message)
+
+
+def _stalled(where: Where, told: Sequence[str], ready: int) -> str:
+    at = "; ".join(line for line in told if line)
+    return (
+        f"no step was finished for {where.stall_seconds:g} s with {ready} workers ready{f' ({at})' if at else ''}; "
+        "if a step may take longer, raise --stall-seconds"
+    )
+
+
+def _receipt(task: Task, files: Sequence[Path]) -> Outcome:
+    unseen = [file for file in files if file.name not in os.listdir(file.parent)]  # noqa: PTH208 (lists anew over NFS)
+    if unseen:
+        reason = f"a worker wrote {unseen[0]}, which is not seen here: the run must be on a file system that all share"
+        return Failure(task=task, reason=reason)
+    return Receipt(task=task, files=tuple(map(str, files)))
+
+
+def _failure(task: Task, future: Future) -> Failure:
+    error = future.exception(timeout=30)
+    if isinstance(error, _TaskError):
+        reason, trace, of_all = error.args
+        if of_all:
+            raise UsageError(reason)
+        return Failure(task=task, reason=reason, trace=trace)
+    if isinstance(error, KilledWorker):
+        deaths = dask.config.get("distributed.scheduler.allowed-failures") + 1
+        reason = f"{deaths} workers died at it: of too little memory, a crash, or a kill"
+        return Failure(task=task, reason=reason)
+    return Failure(task=task, reason=f"{type(error).__name__}: {error}")
+
+
+# ---------------------------------------------------------------------------------------------- in a worker
+
+
+class _TaskError(Exception):
+    """What went wrong at a task, as plain text that travels from any worker: reason, trace, whether of all tasks."""
+
+
+_one_at_a_time = threading.Lock()
+_served = ""
+
+
+def _do(token: str, job: Job, expected: Mapping[str, str], task: Task) -> None:
+    # A worker of somebody else's cluster may have several threads; a replayer has one model.
+    with _one_at_a_time:
+        try:
+            _do_alone(token, job, expected, task)
+        except Exception as error:
+            try:
+                reason, trace = reason_and_trace(error)
+            except UsageError:
+                raise _TaskError(str(error), "", True) from None
+            raise _TaskError(reason, trace, False) from None
+
+
+def _do_alone(token: str, job: Job, expected: Mapping[str, str], task: Task) -> None:
+    global _served
+    if _served != token:
+        # The run may have grown since an earlier command that this worker served.
+        replayer.cache_clear()
+        _served = token
+    worker = get_worker()
+    key = f"{token}-{task.start}-{task.stop}"
+    whose = f"steps {task.start}-{task.stop - 1} at worker {worker.address}, process {os.getpid()}"
+    worker.log_event(token, (key, f"{whose}: begun"))
+    opened = replayer(job)
+    for name, folder in opened.folders.items():
+        if folder.settings.hash != expected[name]:
+            message = (
+                f"worker {worker.address} computes otherwise than the process that asks: its recipe is "
+                f"{dict(folder.settings.recipe)}, and its results would not be those of one process. Start the command "
+                "on a machine like the workers', with the same versions"
+            )
+            raise UsageError(message)
+    opened.on_step = lambda t: worker.log_event(token, (key, f"{whose}: step {t} done"))
+    do(job, task)
+
+
+# ---------------------------------------------------------------------------------------------- clusters
+
+
+def _cluster(job: Job, tasks: int, where: Where) -> _Cluster:
+    if where.existing:
+        return _Existing(where)
+    return _Local(job, min(where.workers, tasks), where)
+
+
+class _Existing:
+    """A scheduler that somebody else has started, and its workers."""
+
+    def __init__(self, where: Where) -> None:
+        address = where.address if where.address is not None else _address_in(where.file, where.stall_seconds)
+        try:
+            self.client = Client(address, timeout=where.stall_seconds, set_as_default=False)
+        except (OSError, ValueError) as error:
+            message = f"no dask scheduler answers at {address} within {where.stall_seconds:g} s: {error}"
+            raise StalledError(message) from error
+        self._ready = 0
+        self._asked = 0.0
+
+    def workers(self) -> int:
+        if time.monotonic() - self._asked > TICK:
+            self._asked = time.monotonic()
+            self.client.loop.add_callback(self._ask)
+        return self._ready
+
+    async def _ask(self) -> None:
+        with contextlib.suppress(Exception):  # the scheduler is gone, which the futures tell
+            self._ready = len(await self.client.scheduler.ncores())
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # a scheduler that does not answer any more needs no farewell
+            self.client.close(timeout=5)
+
+
+def _address_in(file: Path | None, seconds: float) -> str:
+    assert file is not None
+    until = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or half written
+            return str(json.loads(file.read_text())["address"])
+        if time.monotonic() > until:
+            message = f"--scheduler-file {file}: no dask scheduler has written its address there within {seconds:g} s"
+            raise StalledError(message)
+        time.sleep(TICK)
+
+
+class _Local:
+    """A scheduler in this process, and worker processes of our own."""
+
+    def __init__(self, job: Job, count: int, where: Where) -> None:
+        self._stack = contextlib.ExitStack()
+        try:
+            # A worker whose process was stopped counts as gone. One at work sends heartbeats from another thread.
+            silence = min(60.0, where.stall_seconds / 3)
+            self._stack.enter_context(dask.config.set({"distributed.scheduler.worker-ttl": f"{silence}s"}))
+            self._cluster = LocalCluster(
+                n_workers=0,
+                processes=True,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                security=True,
+                dashboard_address="127.0.0.1:8787" if where.dashboard else None,
+                # The scheduler's health page is served all the same; at port 0 two replays at a time do not meet.
+                scheduler_kwargs={} if where.dashboard else {"dashboard_address": "127.0.0.1:0"},
+                silence_logs=logging.CRITICAL,
+            )
+            self._stack.callback(_close, self._cluster)
+            self.client = Client(self._cluster, set_as_default=False)
+            self._stack.callback(_close, self.client)
+            if where.dashboard:
+                commandline.say(f"dashboard: {self._cluster.dashboard_link}")
+            scratch = self._stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="lossledger-", ignore_cleanup_errors=True)
+            )
+            facts = {
+                "address": self._cluster.scheduler.address,
+                "scratch": scratch,
+                **{name: getattr(self._cluster.security, name) for name in _CREDENTIALS},
+            }
+            self._processes = WorkerProcesses(
+                "from replay.cluster import serve; serve()",
+                facts,
+                _environments(job, count, where),
+                where.stall_seconds,
+            )
+            self._stack.callback(self._processes.stop)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def workers(self) -> int:
+        return self._processes.keep_up({str(worker.name) for worker in list(self._cluster.scheduler.workers.values())})
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _close(what: Client | LocalCluster) -> None:
+    with contextlib.suppress(Exception):  # at the end of a command that must end
+        what.close(timeout=5)
+
+
+def _environments(job: Job, count: int, where: Where) -> list[dict[str, str]]:
+    threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     # dask reads its log level when it is imported, in a worker from the environment. What it logs of workers stopped at
     # their work, after an error or an interrupt, would bury the one line for the user.
-    environment["DASK_DISTRIBUTED__LOGGING__DISTRIBUTED"] = "critical"
-    with (
-        dask.config.set(_CONFIGURATION | {"distributed.nanny.pre-spawn-environ": environment}),
-        _local_cluster(min(workers, len(tasks))) as cluster,
-        Client(cluster) as client,
-    ):
-        futures = [
-            client.submit(_outcome, job, task, pure=False, key=f"steps-{task.start}-{task.stop}") for task in tasks
-        ]
-        for future in as_completed(futures):
-            error = future.exception()
-            if error is not None:
-                message = f"{future.key} failed in its worker: {type(error).__name__}: {error}"
-                raise LossledgerError(message) from error
-            outcome: Receipt | LossledgerError = future.result()
-            if isinstance(outcome, LossledgerError):
-                raise outcome
-            yield outcome
+    quiet = {"DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "critical"}
+    gpus = where.gpus if job.device == "cuda" and len(where.gpus) > 1 else ()
+    return [
+        {**threads, **quiet, **({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})}
+        for number in range(count)
+    ]
 
 
-def _local_cluster(workers: int) -> LocalCluster:
-    # Ctrl-C at a terminal reaches every process of the group. The workers inherit that it is ignored, and this process
-    # alone answers it, by stopping them.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
-    try:
-        return LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            security=True,
-            dashboard_address=None,
-            # The scheduler's health page is served all the same; at port 0 two replays at a time do not meet.
-            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-        )
-    finally:
-        if _in_main_thread():
-            signal.signal(signal.SIGINT, handler)
+def serve() -> None:
+    """Be a worker of a local cluster: what its standard input says, until that ends."""
+    facts = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=end_with_the_driver, daemon=True).start()
+    asyncio.run(_serve(facts))
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _outcome(job: Job, task: Task) -> Receipt | LossledgerError:
-    try:
-        return do(job, task)
-    except LossledgerError as error:
-        return error
-    except Exception:
-        # A bug of ours keeps its traceback: here it is still the worker's own.
-        traceback.print_exc()
-        raise
+async def _serve(facts: Mapping[str, str]) -> None:
+    security = Security(require_encryption=True, **{name: facts[name] for name in _CREDENTIALS})
+    worker = Worker(
+        facts["address"],
+        name=facts["name"],
+        nthreads=1,
+        host="127.0.0.1",
+        security=security,
+        local_directory=facts["scratch"],
+        memory_limit=0,
+        dashboard=False,
+    )
+    async with worker:
+        await worker.finished()

@@ -9,25 +9,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from recorder import commandline
-from replay.work import Receipt
+from replay.outcomes import Failure, Outcome
 
 SECONDS_BETWEEN_LINES = 30.0
 
 
-def with_progress(receipts: Iterable[Receipt], steps: int) -> Iterator[Receipt]:
-    """Pass receipts through while showing how many steps are done.
+def with_progress(outcomes: Iterable[Outcome], steps: int) -> Iterator[Outcome]:
+    """Pass outcomes through while showing how many steps are done.
 
     Parameters
     ----------
-    receipts
+    outcomes
         As the runner gives them.
     steps
         Steps of all tasks together.
 
     Yields
     ------
-    Receipt
-        The same receipts.
+    Receipt or Failure
+        The same outcomes.
     """
     console = Console(stderr=True)
     columns = (
@@ -42,10 +42,13 @@ def with_progress(receipts: Iterable[Receipt], steps: int) -> Iterator[Receipt]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("replay", total=steps)
         done, said = 0, time.monotonic()
-        for receipt in receipts:
-            done += receipt.task.stop - receipt.task.start
+        for outcome in outcomes:
+            if isinstance(outcome, Failure):
+                yield outcome
+                continue
+            done += outcome.task.stop - outcome.task.start
             progress.update(bar, completed=done)
             if not console.is_terminal and (done == steps or time.monotonic() - said > SECONDS_BETWEEN_LINES):
                 said = time.monotonic()
                 commandline.say(f"replay: {done} of {steps} steps")
-            yield receipt
+            yield outcome

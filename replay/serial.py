@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
-from replay.work import Job, Receipt, Task, do
+from replay.outcomes import Failure, Outcome, reason_and_trace
+from replay.work import Job, Task, do
 
 
-def run_serially(job: Job, tasks: Sequence[Task]) -> Iterator[Receipt]:
+def run_serially(job: Job, tasks: Sequence[Task]) -> Generator[Outcome]:
     """Do every task in this process.
 
     Parameters
@@ -19,8 +20,12 @@ def run_serially(job: Job, tasks: Sequence[Task]) -> Iterator[Receipt]:
 
     Yields
     ------
-    Receipt
-        Of each finished task.
+    Receipt or Failure
+        Of each task.
     """
     for task in tasks:
-        yield do(job, task)
+        try:
+            yield do(job, task)
+        except Exception as error:
+            reason, trace = reason_and_trace(error)
+            yield Failure(task=task, reason=reason, trace=trace)

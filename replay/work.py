@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,8 @@ class Replayer:
             request.name: lossdata.build(request, self.workload, first, self._device) for request in requests
         }
         self.folders = {name: self._folder(name) for name in self.loss_data}
+        self.on_step: Callable[[int], None] = lambda step: None
+        """Called after each step of a chunk: whoever watches over this process hears that it lives."""
 
     def _folder(self, name: str) -> ShardFolder:
         manifest = self.run.manifest
@@ -191,6 +193,7 @@ class Replayer:
                 self._surface.hold(self.run.buffers(t))
             for name in task.loss_data:
                 known[name] = self._fill(shards[name], row, step, name, start, end, known[name])
+            self.on_step(t)
         attempts = self.run.attempts_within(task.start, task.stop)
         files = tuple(
             str(self.folders[name].write(task.start, task.stop, shards[name], attempts)) for name in task.loss_data

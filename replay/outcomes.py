@@ -1,0 +1,122 @@
+"""What becomes of each chunk: finished, or failed with its reason; and when to go on after a failure.
+
+A chunk that fails is told and the others are finished, for most errors are of one place: a damaged segment, a batch
+that does not fit into memory. What is wrong for every chunk alike ends the command at once: a `UsageError`, and one and
+the same error of the first few chunks while none has been finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Iterable, Sequence
+
+from recorder import commandline
+from recorder.errors import LossledgerError, UsageError
+from recorder.ranges import describe_ranges
+from replay.log import Log
+from replay.work import Receipt, Task
+
+ALIKE = 3
+"""So many first failures for the same reason are taken for the failure of all."""
+
+
+class IncompleteError(LossledgerError):
+    """Some chunks have no shard now; all that could be finished is on disk."""
+
+
+class StalledError(LossledgerError):
+    """No step was finished for too long."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Says that a task's shards could not be made.
+
+    Parameters
+    ----------
+    task
+        The task.
+    reason
+        For the user, in one line.
+    trace
+        The traceback, where the reason is a bug; empty where the reason says all.
+    """
+
+    task: Task
+    reason: str
+    trace: str = ""
+
+
+Outcome = Receipt | Failure
+
+
+def reason_and_trace(error: Exception) -> tuple[str, str]:
+    """Put what was raised at a task into words; a `UsageError`, which every task would raise, is raised again.
+
+    Parameters
+    ----------
+    error
+        As caught.
+
+    Returns
+    -------
+    reason : str
+        One line.
+    trace : str
+        The traceback; empty for an error that is meant for users.
+    """
+    if isinstance(error, UsageError):
+        raise error
+    if isinstance(error, LossledgerError):
+        return str(error), ""
+    return f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+
+
+def gather(outcomes: Iterable[Outcome], tasks: Sequence[Task], log: Log) -> None:
+    """Take up all outcomes, write them down, and tell at the end what is missing.
+
+    Parameters
+    ----------
+    outcomes
+        As the runner gives them.
+    tasks
+        All that was to do.
+    log
+        Where each outcome is written down.
+
+    Raises
+    ------
+    IncompleteError
+        If any task was not finished: why, and which steps have no shard.
+    """
+    missing = dict.fromkeys(tasks)
+    failed: dict[str, list[Task]] = {}
+    stalled = ""
+    try:
+        for outcome in outcomes:
+            if isinstance(outcome, Receipt):
+                del missing[outcome.task]
+                log.write(f"finished {_steps([outcome.task])}: {', '.join(outcome.files)}")
+                continue
+            if outcome.trace and outcome.reason not in failed:
+                commandline.say(outcome.trace.rstrip())
+            failed.setdefault(outcome.reason, []).append(outcome.task)
+            log.write(f"failed {_steps([outcome.task])}: {outcome.reason}\n{outcome.trace}".rstrip())
+            if len(missing) == len(tasks) and len(failed[outcome.reason]) == ALIKE < len(tasks):
+                break
+    except StalledError as error:
+        stalled = str(error)
+        log.write(stalled)
+    if missing:
+        reasons = [f"{reason} ({_steps(of)})" for reason, of in failed.items()] + [stalled] * bool(stalled)
+        message = (
+            f"{'; '.join(reasons)}; missing: {_steps(missing)}. All else that was asked for is finished and kept; "
+            "the same command does what is missing"
+        )
+        log.write(f"missing: {_steps(missing)}")
+        raise IncompleteError(message)
+
+
+def _steps(tasks: Iterable[Task]) -> str:
+    return describe_ranges(sorted((task.start, task.stop) for task in tasks))
