@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -40,6 +41,9 @@ from replay.workers import WorkerProcesses, end_with_the_driver
 TICK = 0.5
 """Seconds between two looks at the workers."""
 
+DEATHS = 3
+"""So many workers may die at a chunk until it is given up."""
+
 _CREDENTIALS = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")
 
 
@@ -50,6 +54,9 @@ class _Cluster(Protocol):
 
     def workers(self) -> int:
         """Count the workers that are ready; never waits."""
+
+    def replace(self, name: str) -> None:
+        """Put another process in the place of a worker, where that is ours to do."""
 
     def close(self) -> None:
         """Leave it as it was found."""
@@ -83,10 +90,8 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
     expected = {name: folder.settings.hash for name, folder in folders.items()}
     token = uuid.uuid4().hex
     events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    waiting = deque(tasks)
-    # A task's key on the scheduler is of this command alone: another replay may use the same one.
-    doing: dict[str, tuple[Task, Future]] = {}
-    told: dict[str, str] = {}
+    waiting = deque((task, 1) for task in tasks)
+    doing: dict[str, _Effort] = {}
     with contextlib.closing(_cluster(job, len(tasks), where)) as cluster:
         client = cluster.client
         client.subscribe_topic(token, lambda event: events.put(("told", event[1])))
@@ -94,13 +99,14 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
         while waiting or doing:
             ready = cluster.workers()
             while waiting and len(doing) < ready:
-                task = waiting.popleft()
-                key = f"{token}-{task.start}-{task.stop}"
-                future = client.submit(_do, token, away, expected, task, key=key, pure=False)
-                doing[key] = task, future
+                task, number = waiting.popleft()
+                # Of this command alone: another replay may use the same scheduler.
+                key = f"{token}-{task.start}-{task.stop}-{number}"
+                future = client.submit(_do, key, away, expected, task, key=key, pure=False)
+                doing[key] = _Effort(task, number, future)
                 future.add_done_callback(lambda future: events.put(("ended", future.key)))
             if time.monotonic() - progress > where.stall_seconds:
-                raise StalledError(_stalled(where, [told.get(key, "") for key in doing], ready))
+                raise StalledError(_stalled(where, list(doing.values()), ready))
             try:
                 what, content = events.get(timeout=TICK)
             except queue.Empty:
@@ -108,20 +114,39 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
             progress = time.monotonic()
             if what == "told":
                 key, line = content
-                told[key] = line
+                if key in doing:
+                    doing[key].told = line
                 continue
-            task, future = doing.pop(content)
+            effort = doing.pop(content)
+            task, future = effort.task, effort.future
             if future.status == "finished":
                 yield _receipt(task, [folders[name].file(task.start, task.stop) for name in task.loss_data])
             elif future.status == "error":
-                yield _failure(task, future)
+                failure = _failure(task, future)
+                if failure.trace and effort.number == 1:
+                    # The fault may be the worker's: of too little memory left, of a GPU that has failed.
+                    commandline.say(f"{effort.told}; {failure.reason}; once more, in another process")
+                    cluster.replace(future.exception(timeout=30).worker)
+                    waiting.appendleft((task, 2))
+                else:
+                    yield failure
             else:
                 message = f"the dask scheduler{f' at {where.address}' if where.address else ''} is gone"
                 raise StalledError(message)
 
 
-def _stalled(where: Where, told: Sequence[str], ready: int) -> str:
-    at = "; ".join(line for line in told if line)
+@dataclasses.dataclass(slots=True)
+class _Effort:
+    """A task on the scheduler."""
+
+    task: Task
+    number: int
+    future: Future
+    told: str = ""
+
+
+def _stalled(where: Where, doing: Sequence[_Effort], ready: int) -> str:
+    at = "; ".join(effort.told for effort in doing if effort.told)
     return (
         f"no step was finished for {where.stall_seconds:g} s with {ready} workers ready{f' ({at})' if at else ''}; "
         "if a step may take longer, raise --stall-seconds"
@@ -139,13 +164,11 @@ def _receipt(task: Task, files: Sequence[Path]) -> Outcome:
 def _failure(task: Task, future: Future) -> Failure:
     error = future.exception(timeout=30)
     if isinstance(error, _TaskError):
-        reason, trace, of_all = error.args
-        if of_all:
-            raise UsageError(reason)
-        return Failure(task=task, reason=reason, trace=trace)
+        if error.of_all:
+            raise UsageError(error.reason)
+        return Failure(task=task, reason=error.reason, trace=error.trace)
     if isinstance(error, KilledWorker):
-        deaths = dask.config.get("distributed.scheduler.allowed-failures") + 1
-        reason = f"{deaths} workers died at it: of too little memory, a crash, or a kill"
+        reason = f"{error.allowed_failures + 1} workers died at it: of too little memory, a crash, or a kill"
         return Failure(task=task, reason=reason)
     return Failure(task=task, reason=f"{type(error).__name__}: {error}")
 
@@ -154,34 +177,42 @@ def _failure(task: Task, future: Future) -> Failure:
 
 
 class _TaskError(Exception):
-    """What went wrong at a task, as plain text that travels from any worker: reason, trace, whether of all tasks."""
+    """What went wrong at a task, as plain facts that travel from any worker."""
+
+    def __init__(self, worker: str, reason: str, trace: str = "", *, of_all: bool = False) -> None:
+        super().__init__(worker, reason, trace)
+        self.worker, self.reason, self.trace, self.of_all = worker, reason, trace, of_all
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(_TaskError, of_all=self.of_all), self.args
 
 
 _one_at_a_time = threading.Lock()
 _served = ""
 
 
-def _do(token: str, job: Job, expected: Mapping[str, str], task: Task) -> None:
+def _do(key: str, job: Job, expected: Mapping[str, str], task: Task) -> None:
+    worker = get_worker()
     # A worker of somebody else's cluster may have several threads; a replayer has one model.
     with _one_at_a_time:
         try:
-            _do_alone(token, job, expected, task)
+            _do_alone(key, job, expected, task)
         except Exception as error:
             try:
                 reason, trace = reason_and_trace(error)
             except UsageError:
-                raise _TaskError(str(error), "", True) from None
-            raise _TaskError(reason, trace, False) from None
+                raise _TaskError(str(worker.name), str(error), of_all=True) from None
+            raise _TaskError(str(worker.name), reason, trace) from None
 
 
-def _do_alone(token: str, job: Job, expected: Mapping[str, str], task: Task) -> None:
+def _do_alone(key: str, job: Job, expected: Mapping[str, str], task: Task) -> None:
     global _served
+    token = key.partition("-")[0]
     if _served != token:
         # The run may have grown since an earlier command that this worker served.
         replayer.cache_clear()
         _served = token
     worker = get_worker()
-    key = f"{token}-{task.start}-{task.stop}"
     whose = f"steps {task.start}-{task.stop - 1} at worker {worker.address}, process {os.getpid()}"
     worker.log_event(token, (key, f"{whose}: begun"))
     opened = replayer(job)
@@ -225,6 +256,9 @@ class _Existing:
             self.client.loop.add_callback(self._ask)
         return self._ready
 
+    def replace(self, name: str) -> None:
+        pass
+
     async def _ask(self) -> None:
         with contextlib.suppress(Exception):  # the scheduler is gone, which the futures tell
             self._ready = len(await self.client.scheduler.ncores())
@@ -254,7 +288,11 @@ class _Local:
         try:
             # A worker whose process was stopped counts as gone. One at work sends heartbeats from another thread.
             silence = min(60.0, where.stall_seconds / 3)
-            self._stack.enter_context(dask.config.set({"distributed.scheduler.worker-ttl": f"{silence}s"}))
+            settings = {
+                "distributed.scheduler.worker-ttl": f"{silence}s",
+                "distributed.scheduler.allowed-failures": DEATHS - 1,
+            }
+            self._stack.enter_context(dask.config.set(settings))
             self._cluster = LocalCluster(
                 n_workers=0,
                 processes=True,
@@ -292,6 +330,9 @@ class _Local:
 
     def workers(self) -> int:
         return self._processes.keep_up({str(worker.name) for worker in list(self._cluster.scheduler.workers.values())})
+
+    def replace(self, name: str) -> None:
+        self._processes.kill(name)
 
     def close(self) -> None:
         self._stack.close()

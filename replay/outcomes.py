@@ -111,10 +111,9 @@ def gather(outcomes: Iterable[Outcome], tasks: Sequence[Task], log: Log) -> None
     if missing:
         reasons = [f"{reason} ({_steps(of)})" for reason, of in failed.items()] + [stalled] * bool(stalled)
         message = (
-            f"{'; '.join(reasons)}; missing: {_steps(missing)}. All else that was asked for is finished and kept; "
+            f"{'; '.join(reasons)}; missing: {_steps(missing)}. What is finished is kept; "
             "the same command does what is missing"
         )
-        log.write(f"missing: {_steps(missing)}")
         raise IncompleteError(message)
 
 

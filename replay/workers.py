@@ -116,6 +116,18 @@ class WorkerProcesses:
             process.stdin.flush()
         return process
 
+    def kill(self, name: str) -> None:
+        """Kill one, if it is still there; `keep_up` puts another in its place.
+
+        Parameters
+        ----------
+        name
+            As the scheduler knows it.
+        """
+        for place in self._places:
+            if place.name == name and place.process is not None:
+                _kill(place.process)
+
     def stop(self) -> None:
         """Kill them all."""
         for place in self._places:

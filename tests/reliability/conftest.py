@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -16,11 +17,14 @@ from typing import Any
 import pytest
 import torch
 
+from recorder.parameters import UnmappedParameterWarning
+from tests.reliability import replays
 from tests.reliability.counts import FULL, SEED, STEPS
 from tests.reliability.promises import PROMISES, Tally
+from tests.reliability.replays import Recorded
 from tests.reliability.warm import WarmProcess
 
-_PACKAGES = ("lossledger", "torch", "safetensors", "numpy", "zstandard", "filelock")
+_PACKAGES = ("lossledger", "torch", "safetensors", "numpy", "zstandard", "filelock", "distributed")
 _ELSEWHERE = {"test_codec.py::": "R8", "test_golden.py::": "F5", "::test_the_estimated_size_is_within_": "R4"}
 """Part of a test's name to the promise of which that test is a case."""
 
@@ -69,6 +73,18 @@ def warm_in_own_mounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[War
     process = WarmProcess(tmp_path_factory.mktemp("warm-mounts") / "log", prefix)
     yield process
     process.close()
+
+
+@pytest.fixture(scope="session")
+def replayed(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """A small run and the hashes of its shards, made by one undisturbed process."""
+    run = tmp_path_factory.mktemp("replayed") / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnmappedParameterWarning)
+        replays.record(run)
+    code, said = replays.finish(replays.start(run, "--workers", "1"), 60)
+    assert code == 0, said
+    return Recorded(run, replays.hashes(run))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -46,3 +46,24 @@ SWAPS = _count(20, 10**9)
 
 SEGMENTS = _count(8, 100)
 """Segments of a run, each of which is damaged once."""
+
+HURT_REPLAYS = _count(1, 100)
+"""Replays whose workers are killed, stopped or starved, five times each in `make reliability`."""
+
+HURTS = _count(4, 5)
+"""Of each of them."""
+
+ALL_STANDSTILLS = _count(2, 10)
+"""Kinds of standstill that a replay is brought to; the full number is more than there are."""
+
+STANDSTILLS = _count(1, 6)
+"""How often each of them."""
+
+KILLED_REPLAYS = _count(1, 100)
+"""Replays that are killed and resumed."""
+
+BAD_CHUNKS = _count(2, 10)
+"""Kinds of bad chunk; the full number is more than there are."""
+
+REPETITIONS = _count(1, 3)
+"""Of a replay with each number of workers."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from replay import shards
+from replay import log, shards
 from replay.__main__ import main
 from replay.shards import ShardFolder
 from replay.work import replayer
@@ -69,13 +69,13 @@ def folder() -> Callable[[Path, str], ShardFolder]:
 
 @pytest.fixture
 def stamps() -> Callable[[Path], Files]:
-    """Every file below a folder with what changes when it is written again, even with the same bytes."""
+    """Every file below a folder but the log, with what changes when it is written again, even with the same bytes."""
 
     def look(folder: Path) -> Files:
         return {
             str(file.relative_to(folder)): (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes())
             for file in sorted(folder.rglob("*"))
-            if file.is_file()
+            if file.is_file() and file.name != log.FILE
         }
 
     return look
