@@ -188,15 +188,22 @@ def _replay(options: argparse.Namespace) -> int:
         )
         return commandline.DONE
     if tasks:
-        _work(job, tasks, chosen, Log(run.path / FOLDER))
+        _work(options, opened, tasks, chosen)
     return _conclude(options, opened)
 
 
-def _work(job: Job, tasks: Sequence[Task], chosen: Where, log: Log) -> None:
+def _work(options: argparse.Namespace, opened: Replayer, tasks: Sequence[Task], chosen: Where) -> None:
+    def is_there(task: Task) -> bool:
+        files = [opened.folders[name].file(task.start, task.stop) for name in task.loss_data]
+        # One that is to be computed again was there before.
+        return not options.overwrite and all(file.exists() for file in files)
+
+    job, log = opened.job, Log(opened.run.path / FOLDER)
     log.write(f"asked for {len(tasks)} shards: {job}; {chosen}; {_versions()}")
     try:
         with contextlib.closing(_run_tasks(job, tasks, chosen)) as outcomes:
-            gather(with_progress(outcomes, sum(task.stop - task.start for task in tasks)), tasks, log)
+            steps = sum(task.stop - task.start for task in tasks)
+            gather(with_progress(outcomes, steps), tasks, log, is_there)
     except BaseException as error:
         log.write(f"ended by {type(error).__name__}: {error}")
         raise

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, Security, Worker, get_worker
+from distributed.utils import silence_logging_cmgr
 
 from recorder import commandline
 from recorder.errors import UsageError
@@ -95,9 +96,11 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
     with contextlib.closing(_cluster(job, len(tasks), where)) as cluster:
         client = cluster.client
         client.subscribe_topic(token, lambda event: events.put(("told", event[1])))
-        progress = time.monotonic()
+        progress, most = time.monotonic(), 0
         while waiting or doing:
             ready = cluster.workers()
+            if ready > most:  # to start is to go on; to start again and again is not
+                progress, most = time.monotonic(), ready
             while waiting and len(doing) < ready:
                 task, number = waiting.popleft()
                 # Of this command alone: another replay may use the same scheduler.
@@ -242,6 +245,9 @@ class _Existing:
 
     def __init__(self, where: Where) -> None:
         address = where.address if where.address is not None else _address_in(where.file, where.stall_seconds)
+        self._stack = contextlib.ExitStack()
+        # What dask has to say of a scheduler that is gone would bury the one line for the user.
+        self._stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
         try:
             self.client = Client(address, timeout=where.stall_seconds, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -266,6 +272,7 @@ class _Existing:
     def close(self) -> None:
         with contextlib.suppress(Exception):  # a scheduler that does not answer any more needs no farewell
             self.client.close(timeout=5)
+        self._stack.close()
 
 
 def _address_in(file: Path | None, seconds: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from recorder import commandline
 from recorder.errors import LossledgerError, UsageError
@@ -73,7 +73,9 @@ def reason_and_trace(error: Exception) -> tuple[str, str]:
     return f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
 
 
-def gather(outcomes: Iterable[Outcome], tasks: Sequence[Task], log: Log) -> None:
+def gather(
+    outcomes: Iterable[Outcome], tasks: Sequence[Task], log: Log, is_there: Callable[[Task], bool] = lambda task: False
+) -> None:
     """Take up all outcomes, write them down, and tell at the end what is missing.
 
     Parameters
@@ -84,30 +86,34 @@ def gather(outcomes: Iterable[Outcome], tasks: Sequence[Task], log: Log) -> None
         All that was to do.
     log
         Where each outcome is written down.
+    is_there
+        Whether the shards of a task are on the disk, although nobody has told so: its worker, or the way to it, may
+        have been lost just after.
 
     Raises
     ------
     IncompleteError
         If any task was not finished: why, and which steps have no shard.
     """
-    missing = dict.fromkeys(tasks)
+    left = dict.fromkeys(tasks)
     failed: dict[str, list[Task]] = {}
     stalled = ""
     try:
         for outcome in outcomes:
             if isinstance(outcome, Receipt):
-                del missing[outcome.task]
+                del left[outcome.task]
                 log.write(f"finished {_steps([outcome.task])}: {', '.join(outcome.files)}")
                 continue
             if outcome.trace and outcome.reason not in failed:
                 commandline.say(outcome.trace.rstrip())
             failed.setdefault(outcome.reason, []).append(outcome.task)
             log.write(f"failed {_steps([outcome.task])}: {outcome.reason}\n{outcome.trace}".rstrip())
-            if len(missing) == len(tasks) and len(failed[outcome.reason]) == ALIKE < len(tasks):
+            if len(left) == len(tasks) and len(failed[outcome.reason]) == ALIKE < len(tasks):
                 break
     except StalledError as error:
         stalled = str(error)
         log.write(stalled)
+    missing = [task for task in left if not is_there(task)]
     if missing:
         reasons = [f"{reason} ({_steps(of)})" for reason, of in failed.items()] + [stalled] * bool(stalled)
         message = (

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 
 class ExistingCluster:
-    """A scheduler that tells its address in a file, and workers without nannies."""
+    """A scheduler that tells its address in a file, and two workers without nannies."""
 
-    def __init__(self, folder: Path, workers: int, **environment: str) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.file = folder / "scheduler.json"
         self.log = folder / "cluster.log"
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -25,7 +25,7 @@ class ExistingCluster:
             self.scheduler = self._start(log, "scheduler", "--host", "127.0.0.1", "--port", "0")
             self.workers = [
                 self._start(log, "worker", "--nthreads", "1", "--no-nanny", "--local-directory", str(folder))
-                for _ in range(workers)
+                for _ in range(2)
             ]
 
     def _start(self, log: IO[bytes], command: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -45,9 +45,9 @@ class ExistingCluster:
 
 
 @contextmanager
-def existing_cluster(folder: Path, workers: int = 2, **environment: str) -> Iterator[ExistingCluster]:
+def existing_cluster(folder: Path, **environment: str) -> Iterator[ExistingCluster]:
     """Start one, and end it."""
-    cluster = ExistingCluster(folder, workers, **environment)
+    cluster = ExistingCluster(folder, environment)
     try:
         yield cluster
     finally:

@@ -53,7 +53,7 @@ HURT_REPLAYS = _count(1, 100)
 HURTS = _count(4, 5)
 """Of each of them."""
 
-ALL_STANDSTILLS = _count(2, 10)
+STANDSTILL_KINDS = _count(1, 10)
 """Kinds of standstill that a replay is brought to; the full number is more than there are."""
 
 STANDSTILLS = _count(1, 6)

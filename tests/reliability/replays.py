@@ -18,12 +18,15 @@ import torch
 from torch import nn
 
 import recorder
+from replay.__main__ import main
+from replay.work import replayer
 
 Command = subprocess.Popen[str]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 16
 """Of every run here; each is a chunk of its own, so that many can be lost."""
+LOSS_DATA: tuple[str, ...] = ("batch", "probe:6")
 DEEDS = "LOSSLEDGER_TEST_DEEDS"
 """Environment: what to do in a worker at which step, such as ``segfault 5, loop 7``."""
 SECONDS = "LOSSLEDGER_TEST_SECONDS"
@@ -114,7 +117,8 @@ def record(run: Path, steps: int = STEPS) -> None:
 
 def arguments(run: Path, *further: str) -> list[str]:
     """The command's arguments; what comes further wins."""
-    chosen = ["--workload", "recorded", "--loss-data", "batch", "--loss-data", "probe:6", "--atol", "1", "--chunk", "1"]
+    loss_data = [text for name in LOSS_DATA for text in ("--loss-data", name)]
+    chosen = ["--workload", "recorded", "--atol", "1", "--chunk", "1", *loss_data]
     return ["--run", str(run), *chosen, *further]
 
 
@@ -129,6 +133,15 @@ def start(run: Path, *further: str, **environment: str) -> Command:
         env={**os.environ, **environment},
         start_new_session=True,
     )
+
+
+def here(run: Path, *further: str) -> int:
+    """The command in this process, which spares it the start."""
+    replayer.cache_clear()
+    try:
+        return main(arguments(run, *further))
+    finally:
+        replayer.cache_clear()
 
 
 def finish(process: Command, seconds: float) -> tuple[int, str]:
