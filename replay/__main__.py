@@ -167,7 +167,7 @@ def _replay(options: argparse.Namespace) -> int:
     if not options.dry_run:
         _remove_stale(run, opened)
     consecutive = run.consecutive
-    ours = where.share(options.shard, _wanted(options.steps, plan(job, opened.folders, consecutive, again=True)))
+    ours = chosen.ours(_wanted(options.steps, plan(job, opened.folders, consecutive, again=True)))
     to_do = plan(job, opened.folders, consecutive, again=options.overwrite)
     tasks = [task for task in to_do if (task.start, task.stop) in ours]
     steps = sum(task.stop - task.start for task in tasks)

@@ -36,6 +36,8 @@ class Where:
         How long no step may be finished before the command ends.
     gpus
         The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them.
+    share
+        (i, n): of several commands that divide the chunks among them, this is the i-th of n.
     """
 
     workers: int
@@ -44,11 +46,28 @@ class Where:
     dashboard: bool = False
     stall_seconds: float = 600.0
     gpus: tuple[str, ...] = ()
+    share: tuple[int, int] = (1, 1)
 
     @property
     def existing(self) -> bool:
         """Whether the workers are those of a cluster that is there already."""
         return self.address is not None or self.file is not None
+
+    def ours(self, plan: Sequence[Task]) -> set[tuple[int, int]]:
+        """Choose the chunks of our share.
+
+        Parameters
+        ----------
+        plan
+            All chunks, also those that are finished: the choice must not depend on how far the other commands are.
+
+        Returns
+        -------
+        set of (int, int)
+            Start and stop of the chunks.
+        """
+        i, n = self.share
+        return {(task.start, task.stop) for task in plan[i - 1 :: n]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +144,7 @@ def chosen(options: argparse.Namespace, job: Job) -> Where:
         dashboard=options.dashboard,
         stall_seconds=options.stall_seconds,
         gpus=gpus,
+        share=_share(options.shard),
     )
 
 
@@ -139,31 +159,11 @@ def _gpus() -> tuple[str, ...]:
     return tuple(named[:count]) if named else tuple(map(str, range(count)))
 
 
-def share(text: str | None, plan: Sequence[Task]) -> set[tuple[int, int]]:
-    """Choose the chunks of one of several commands that divide the work among them.
-
-    Parameters
-    ----------
-    text
-        ``I/N``, I from 1 to N; None for all.
-    plan
-        All chunks, also those that are finished: the choice must not depend on how far the others are.
-
-    Returns
-    -------
-    set of (int, int)
-        Start and stop of the chunks.
-
-    Raises
-    ------
-    UsageError
-        If the text is none such.
-    """
-    ranges = [(task.start, task.stop) for task in plan]
+def _share(text: str | None) -> tuple[int, int]:
     if text is None:
-        return set(ranges)
+        return 1, 1
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         message = f"--shard expects I/N with I from 1 to N, such as 3/8; got {text!r}"
         raise UsageError(message)
-    return set(ranges[int(match[1]) - 1 :: int(match[2])])
+    return int(match[1]), int(match[2])

@@ -41,7 +41,8 @@ def test_a_killed_replay_loses_only_the_chunks_in_the_making(
                 process.communicate()
                 wait_until(lambda orphans=orphans: not any(map(replays.alive, orphans)))  # type: ignore[misc]
                 finished = _stamps(run)
-                steps_begun = set(begun.read_text().split()) - {"-1000"} if begun.exists() else set()
+                told = begun.read_text().split() if begun.exists() else []
+                steps_begun = {step for step in told if not step.startswith("-")}  # else a batch of the probe
                 assert len(steps_begun) - len(finished) // 2 <= 2, "more was lost than two workers were at"
                 assert here(run, "--workers", "1") == 0
                 assert finished.items() <= _stamps(run).items()
