@@ -34,6 +34,7 @@ from distributed.utils import silence_logging_cmgr
 
 from recorder import commandline
 from recorder.errors import UsageError
+from replay.lossdata import parse
 from replay.outcomes import Failure, Outcome, StalledError, reason_and_trace
 from replay.where import Where
 from replay.work import Job, Receipt, Task, do, replayer
@@ -86,8 +87,10 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
         If no step is finished for too long, or the scheduler is gone; what was finished is on disk.
     """
     folders = replayer(job).folders
-    # Workers of another machine, and of another folder, read the run by the same path.
-    away = dataclasses.replace(job, run=str(Path(job.run).resolve()))
+    # Workers started in another folder find the same files.
+    away = dataclasses.replace(
+        job, run=str(Path(job.run).resolve()), loss_data=tuple(_from_anywhere(text) for text in job.loss_data)
+    )
     expected = {name: folder.settings.hash for name, folder in folders.items()}
     token = uuid.uuid4().hex
     events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -136,6 +139,11 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
             else:
                 message = f"the dask scheduler{f' at {where.address}' if where.address else ''} is gone"
                 raise StalledError(message)
+
+
+def _from_anywhere(loss_data: str) -> str:
+    file = parse(loss_data).file
+    return loss_data if file is None else loss_data.replace(f"file:{file}", f"file:{Path(file).resolve()}", 1)
 
 
 @dataclasses.dataclass(slots=True)

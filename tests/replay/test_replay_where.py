@@ -17,7 +17,7 @@ import torch
 from recorder.segments import segment_file
 from replay import log, where, work
 from replay.__main__ import main
-from replay.cluster import _environments, _TaskError
+from replay.cluster import _environments, _from_anywhere, _TaskError
 from replay.where import Where
 from replay.work import Job
 from replay.workers import WorkerProcesses
@@ -214,6 +214,12 @@ def test_each_worker_sees_a_gpu_of_its_own_and_takes_the_threads_asked_for() -> 
     assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"3"}
     for alone in (_environments(_job(), 2, Where(workers=2)), _environments(_job(device="cuda"), 2, Where(workers=2))):
         assert not any("CUDA_VISIBLE_DEVICES" in environment for environment in alone)
+
+
+def test_a_list_of_examples_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _from_anywhere("rare=file:rare.csv:valid") == f"rare=file:{tmp_path / 'rare.csv'}:valid"
+    assert _from_anywhere("probe:8") == "probe:8"
 
 
 def test_what_a_worker_tells_of_an_error_travels_whole() -> None:
