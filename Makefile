@@ -38,7 +38,7 @@ bench-recorder: install ## what recording every step costs: time, bytes (about h
 # make reliability TABLE=docs/reliability.md also writes the table there.
 TABLE ?=
 
-reliability: install ## every promise of a run, as often as promised, in one table (about an hour on two cores)
+reliability: install ## every promise of a run, as often as promised, in one table (some hours on two cores)
 	LOSSLEDGER_RELIABILITY=full LOSSLEDGER_EXAMPLES=10000 LOSSLEDGER_RELIABILITY_TABLE=$(TABLE) $(BIN)/python -m pytest \
 		tests/reliability $(wildcard $(addprefix tests/recorder/test_,codec.py golden.py estimate.py)) --timeout 0
 

@@ -40,7 +40,7 @@ from replay.where import Where
 from replay.work import Job, Receipt, Task, do, replayer
 from replay.workers import WorkerProcesses, end_with_the_driver
 
-TICK = 0.5
+TICK = 0.2
 """Seconds between two looks at the workers."""
 
 DEATHS = 3

@@ -26,7 +26,7 @@ class IncompleteError(LossledgerError):
 
 
 class StalledError(LossledgerError):
-    """No step was finished for too long."""
+    """The work does not go on: no step was finished for too long, or there is nobody left to do it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

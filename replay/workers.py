@@ -16,7 +16,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from recorder.errors import LossledgerError
+from replay.outcomes import StalledError
 
 STILLBORN = 5
 """So many deaths in a row of a worker before it has registered are taken for its fate."""
@@ -73,7 +73,7 @@ class WorkerProcesses:
 
         Raises
         ------
-        LossledgerError
+        StalledError
             If a worker dies again and again before it is ready.
         """
         for number, place in enumerate(self._places):
@@ -92,7 +92,7 @@ class WorkerProcesses:
                         f"{ended if ended is not None else 'no answer'}: what it said stands above; is there memory "
                         "enough for so many workers? --workers 1 does without them"
                     )
-                    raise LossledgerError(message)
+                    raise StalledError(message)
             place.generation += 1
             place.name = f"{number}-{place.generation}"
             place.born, place.registered = time.monotonic(), False
