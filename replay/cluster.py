@@ -125,20 +125,20 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
                 continue
             effort = doing.pop(content)
             task, future = effort.task, effort.future
-            if future.status == "finished":
-                yield _receipt(task, [folders[name].file(task.start, task.stop) for name in task.loss_data])
-            elif future.status == "error":
+            if future.status == "cancelled":
+                message = f"the dask scheduler{f' at {where.address}' if where.address else ''} is gone"
+                raise StalledError(message)
+            if future.status == "error":
                 failure = _failure(task, future)
                 if failure.trace and effort.number == 1:
                     # The fault may be the worker's: of too little memory left, of a GPU that has failed.
-                    commandline.say(f"{effort.told}; {failure.reason}; once more, in another process")
                     cluster.replace(future.exception(timeout=30).worker)
                     waiting.appendleft((task, 2))
-                else:
-                    yield failure
+                    failure = dataclasses.replace(failure, again=True)
+                yield failure
             else:
-                message = f"the dask scheduler{f' at {where.address}' if where.address else ''} is gone"
-                raise StalledError(message)
+                # Finished, or even lost again with its worker; what counts is on the disk.
+                yield _receipt(task, [folders[name].file(task.start, task.stop) for name in task.loss_data])
 
 
 def _from_anywhere(loss_data: str) -> str:

@@ -41,11 +41,14 @@ class Failure:
         For the user, in one line.
     trace
         The traceback, where the reason is a bug; empty where the reason says all.
+    again
+        Whether the task is tried once more.
     """
 
     task: Task
     reason: str
     trace: str = ""
+    again: bool = False
 
 
 Outcome = Receipt | Failure
@@ -104,10 +107,13 @@ def gather(
                 del left[outcome.task]
                 log.write(f"finished {_steps([outcome.task])}: {', '.join(outcome.files)}")
                 continue
+            log.write(f"failed {_steps([outcome.task])}: {outcome.reason}\n{outcome.trace}".rstrip())
+            if outcome.again:
+                commandline.say(f"{_steps([outcome.task])}: {outcome.reason}; once more, in another process")
+                continue
             if outcome.trace and outcome.reason not in failed:
                 commandline.say(outcome.trace.rstrip())
             failed.setdefault(outcome.reason, []).append(outcome.task)
-            log.write(f"failed {_steps([outcome.task])}: {outcome.reason}\n{outcome.trace}".rstrip())
             if len(left) == len(tasks) and len(failed[outcome.reason]) == ALIKE < len(tasks):
                 break
     except StalledError as error:

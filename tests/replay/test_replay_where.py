@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
 import subprocess
@@ -120,6 +121,12 @@ def test_what_excludes_each_other_is_a_usage_error(
 ) -> None:
     assert main(["--run", str(run), "--workload", "recorded", *arguments]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_dashboard_needs_bokeh(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["--run", str(run), "--workload", "recorded", "--dashboard"]) == 2
+    assert "--dashboard needs the package bokeh, which is not installed: pip install bokeh" in capsys.readouterr().err
 
 
 def test_workers_that_are_asked_for_win_over_a_scheduler_in_the_environment(
