@@ -64,6 +64,3 @@ KILLED_REPLAYS = _count(1, 100)
 
 BAD_CHUNKS = _count(2, 10)
 """Kinds of bad chunk; the full number is more than there are."""
-
-REPETITIONS = _count(1, 3)
-"""Of a replay with each number of workers."""

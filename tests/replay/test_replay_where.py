@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_a_scheduler_and_workers_started_as_separate_commands_give_the_bytes_of_
     alone = _shards(run)
     asked = ["--run", str(run), "--workload", "recorded", "--loss-data", "batch", "--loss-data", "probe:16"]
     with existing_cluster(tmp_path) as cluster:
-        for way in ("file", "address", "environment"):
+        for way in ("file", "environment"):
             for path in run.glob("shards/*/*.safetensors"):
                 path.unlink()
             work.replayer.cache_clear()
@@ -51,19 +52,17 @@ def test_a_scheduler_and_workers_started_as_separate_commands_give_the_bytes_of_
             if way == "file":
                 arguments += ["--scheduler-file", str(cluster.file)]
             else:
-                address = json.loads(cluster.file.read_text())["address"]
-                if way == "address":
-                    arguments += ["--scheduler-address", address]
-                else:
-                    monkeypatch.setenv(where.ADDRESS, address)
+                monkeypatch.setenv(where.ADDRESS, json.loads(cluster.file.read_text())["address"])
             assert main(arguments) == 0, capsys.readouterr().err + cluster.log.read_text()
             assert _shards(run) == alone, way
         # A cluster outlives the command; it serves the next one, which computes otherwise, as well.
         assert all(worker.poll() is None for worker in cluster.workers)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other")
         work.replayer.cache_clear()
+        address = os.environ[where.ADDRESS]
+        monkeypatch.delenv(where.ADDRESS)
         capsys.readouterr()
-        assert main([*asked, "--chunk", "1"]) == 2
+        assert main([*asked, "--chunk", "1", "--scheduler-address", address]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert "computes otherwise than the process that asks: its recipe is {" in error
 
