@@ -259,6 +259,7 @@ class _Existing:
         try:
             self.client = Client(address, timeout=where.stall_seconds, set_as_default=False)
         except (OSError, ValueError) as error:
+            self._stack.close()
             message = f"no dask scheduler answers at {address} within {where.stall_seconds:g} s: {error}"
             raise StalledError(message) from error
         self._ready = 0
@@ -336,7 +337,8 @@ class _Local:
                 "from replay.cluster import serve; serve()",
                 facts,
                 _environments(job, count, where),
-                where.stall_seconds,
+                # Time for another process to be ready before the command counts as stalled.
+                patience=where.stall_seconds / 2,
             )
             self._stack.callback(self._processes.stop)
         except BaseException:

@@ -72,6 +72,17 @@ def _workers_killed_while_starting_once(folder: Path, recorded: Recorded) -> Non
     assert hashes(run) == recorded.hashes
 
 
+def _workers_stopped_while_starting(folder: Path, recorded: Recorded) -> None:
+    run = recorded.copy(folder / "run")
+    process = start(run, "--workers", "2", "--stall-seconds", "40")
+    wait_until(lambda: len(workers(process.pid)) == 2)
+    for pid in workers(process.pid):
+        os.kill(pid, signal.SIGSTOP)
+    code, said = finish(process, 2 * _PATIENCE)
+    assert code == 0, said
+    assert hashes(run) == recorded.hashes
+
+
 def _scheduler_killed(folder: Path, recorded: Recorded) -> None:
     run = recorded.copy(folder / "run")
     with existing_cluster(folder, **{SECONDS: "0.05"}) as cluster:
@@ -145,6 +156,7 @@ def _driver_killed(folder: Path, recorded: Recorded) -> None:
 STANDSTILL = (
     _scheduler_killed,
     _workers_killed_while_starting_once,
+    _workers_stopped_while_starting,
     _workers_killed_whenever_they_start,
     _workers_of_another_killed,
     _scheduler_stopped,
