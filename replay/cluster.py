@@ -53,12 +53,14 @@ class _Cluster(Protocol):
     """A scheduler to submit to, and a look at its workers."""
 
     client: Client
+    ours: bool
+    """Whether its workers are processes of our own."""
 
     def workers(self) -> int:
         """Count the workers that are ready; never waits."""
 
     def replace(self, name: str) -> None:
-        """Put another process in the place of a worker, where that is ours to do."""
+        """Put another process in the place of a worker, if it is ours."""
 
     def close(self) -> None:
         """Leave it as it was found."""
@@ -99,7 +101,7 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
     with contextlib.closing(_cluster(job, len(tasks), where)) as cluster:
         client = cluster.client
         client.subscribe_topic(token, lambda event: events.put(("told", event[1])))
-        progress, most = time.monotonic(), 0
+        progress, most, stuck = time.monotonic(), 0, 0
         while waiting or doing:
             ready = cluster.workers()
             if ready > most:  # to start is to go on; to start again and again is not
@@ -111,7 +113,17 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
                 future = client.submit(_do, key, away, expected, task, key=key, pure=False)
                 doing[key] = _Effort(task, number, future)
                 future.add_done_callback(lambda future: events.put(("ended", future.key)))
-            if time.monotonic() - progress > where.stall_seconds:
+            for key, effort in list(doing.items()):
+                if effort.told and time.monotonic() - effort.heard > where.stall_seconds and cluster.ours:
+                    del doing[key]
+                    stuck += 1
+                    # Before its worker is killed, or the scheduler would give it to the next one.
+                    effort.future.cancel()
+                    cluster.replace(effort.worker)
+                    progress = time.monotonic()
+                    yield Failure(task=effort.task, reason=_stalled(where, [effort], ready))
+            # More than one for each worker, with nothing finished in between: it is not the chunks.
+            if time.monotonic() - progress > where.stall_seconds or stuck > most:
                 raise StalledError(_stalled(where, list(doing.values()), ready))
             try:
                 what, content = events.get(timeout=TICK)
@@ -119,9 +131,11 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
                 continue
             progress = time.monotonic()
             if what == "told":
-                key, line = content
+                key, name, line = content
                 if key in doing:
-                    doing[key].told = line
+                    doing[key].worker, doing[key].told, doing[key].heard = name, line, progress
+                continue
+            if content not in doing:  # given up
                 continue
             effort = doing.pop(content)
             task, future = effort.task, effort.future
@@ -138,6 +152,7 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
                 yield failure
             else:
                 # Finished, or even lost again with its worker; what counts is on the disk.
+                stuck = 0
                 yield _receipt(task, [folders[name].file(task.start, task.stop) for name in task.loss_data])
 
 
@@ -154,6 +169,8 @@ class _Effort:
     number: int
     future: Future
     told: str = ""
+    heard: float = 0.0
+    worker: str = ""
 
 
 def _stalled(where: Where, doing: Sequence[_Effort], ready: int) -> str:
@@ -225,7 +242,7 @@ def _do_alone(key: str, job: Job, expected: Mapping[str, str], task: Task) -> No
         _served = token
     worker = get_worker()
     whose = f"steps {task.start}-{task.stop - 1} at worker {worker.address}, process {os.getpid()}"
-    worker.log_event(token, (key, f"{whose}: begun"))
+    worker.log_event(token, (key, str(worker.name), f"{whose}: begun"))
     opened = replayer(job)
     for name, folder in opened.folders.items():
         if folder.settings.hash != expected[name]:
@@ -235,7 +252,7 @@ def _do_alone(key: str, job: Job, expected: Mapping[str, str], task: Task) -> No
                 "on a machine like the workers', with the same versions"
             )
             raise UsageError(message)
-    opened.on_step = lambda t: worker.log_event(token, (key, f"{whose}: step {t} done"))
+    opened.on_step = lambda t: worker.log_event(token, (key, str(worker.name), f"{whose}: step {t} done"))
     do(job, task)
 
 
@@ -250,6 +267,8 @@ def _cluster(job: Job, tasks: int, where: Where) -> _Cluster:
 
 class _Existing:
     """A scheduler that somebody else has started, and its workers."""
+
+    ours = False
 
     def __init__(self, where: Where) -> None:
         address = where.address if where.address is not None else _address_in(where.file, where.stall_seconds)
@@ -299,6 +318,8 @@ def _address_in(file: Path | None, seconds: float) -> str:
 class _Local:
     """A scheduler in this process, and worker processes of our own."""
 
+    ours = True
+
     def __init__(self, job: Job, count: int, where: Where) -> None:
         self._stack = contextlib.ExitStack()
         try:
@@ -337,8 +358,8 @@ class _Local:
                 "from replay.cluster import serve; serve()",
                 facts,
                 _environments(job, count, where),
-                # Time for another process to be ready before the command counts as stalled.
-                patience=where.stall_seconds / 2,
+                # Not so short that a worker on a busy machine is killed before it can be ready, again and again.
+                patience=max(60.0, where.stall_seconds / 2),
             )
             self._stack.callback(self._processes.stop)
         except BaseException:

@@ -6,18 +6,31 @@ import pytest
 
 from replay.log import FILE
 from tests.reliability.conftest import Promise
-from tests.reliability.counts import BAD_CHUNKS
+from tests.reliability.counts import BAD_CHUNKS, FULL
 from tests.reliability.replays import DEED, DEEDS, STEPS, Recorded, hashes, here, shard_files
 
 pytestmark = pytest.mark.cluster
 
 REASON = {
     "exception": "IndexError: list index out of range",
-    "loop": "no step was finished for 12 s",
+    "loop": "no step was finished for 15 s",
     "segfault": "3 workers died at it",
     "killed": "3 workers died at it",
     "memory": "can't allocate memory",
 }
+
+
+@pytest.mark.skipif(not FULL, reason="in `make reliability`; one chunk that hangs is tried below")
+def test_as_many_chunks_may_hang_as_there_are_workers_and_one_more_ends_the_replay(
+    tmp_path: Path, promise: Promise, replayed: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with promise("P5") as tally:
+        for hanging, finished in (((4, 5), set(range(STEPS)) - {4, 5}), ((4, 5, 6, 7, 8), {0, 1, 2, 3})):
+            with tally.case(f"{len(hanging)} chunks"):
+                run = replayed.copy(tmp_path / str(len(hanging)))
+                monkeypatch.setenv(DEEDS, ", ".join(f"loop {step}" for step in hanging))
+                assert here(run, "--workers", "2", "--stall-seconds", "20") == 1
+                assert {int(file.name.partition("-")[0]) for file in shard_files(run)} == finished
 
 
 def test_a_chunk_that_fails_or_crashes_or_hangs_is_named_and_all_others_are_finished(
@@ -32,7 +45,7 @@ def test_a_chunk_that_fails_or_crashes_or_hangs_is_named_and_all_others_are_fini
     run = replayed.copy(tmp_path / "run")
     monkeypatch.setenv(DEEDS, ", ".join(f"{kind} {4 + 2 * number}" for number, kind in enumerate(kinds)))
     with promise("P5") as tally:
-        assert here(run, "--workers", "2", "--stall-seconds", "12") == 1
+        assert here(run, "--workers", "2", "--stall-seconds", "15") == 1
         said = capfd.readouterr().err
         last, log = said.splitlines()[-1], (run / "shards" / FILE).read_text()
         for number, kind in enumerate(kinds):
