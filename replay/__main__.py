@@ -18,7 +18,7 @@ from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
 from recorder.recovery import recover
 from recorder.runformat import Run
-from replay import lossdata
+from replay import dropout, lossdata
 from replay.precision import PRECISIONS
 from replay.progress import with_progress
 from replay.quadrature import ADAPTIVE, RULES, AdaptiveRule
@@ -66,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(PRECISIONS),
         help="of loss and gradient; sums are in float64 (default: float32, float64 where training recorded that)",
     )
+    parser.add_argument(
+        "--dropout",
+        choices=[dropout.OFF, dropout.RECORDED],
+        default=dropout.OFF,
+        help="recorded: on loss data batch the model is in training mode and draws what the training drew; on other "
+        "loss data dropout is always off (default %(default)s)",
+    )
     parser.add_argument("--workload", metavar="MODULE:FUNCTION", help="what rebuilds the training; or 'recorded'")
     parser.add_argument("--data", metavar="FOLDER", help="where fairseq's binarised data is now, if it has moved")
     parser.add_argument("--dry-run", action="store_true", help="check, say what would be done, and stop")
@@ -95,6 +102,15 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
         message = "--device cuda: torch finds no CUDA device here; pass --device cpu"
         raise UsageError(message)
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    device = "cuda" if on_gpu else "cpu"
+    if options.dropout == dropout.RECORDED:
+        if "batch" not in names:
+            message = (
+                f"--dropout recorded: random states are recorded for the training's own batches, and the loss data is "
+                f"{', '.join(names)}; add --loss-data batch"
+            )
+            raise UsageError(message)
+        dropout.refuse_if_not_recorded(run, device)
     return Job(
         run=str(options.run),
         run_id=run.manifest.run_id,
@@ -103,11 +119,12 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
         rtol=options.rtol,
         atol=options.atol,
         chunk=options.chunk,
-        device="cuda" if on_gpu else "cpu",
+        device=device,
         dtype=options.dtype,
         threads=options.threads,
         workload=options.workload,
         data=None if options.data is None else str(Path(options.data).resolve()),
+        dropout=options.dropout,
     )
 
 
@@ -169,6 +186,10 @@ def _replay(options: argparse.Namespace) -> int:
         f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(opened.folders)}; "
         f"{job.rule} rule; {steps} steps to do in {len(tasks)} shards"
     )
+    if options.dropout == dropout.RECORDED:
+        without = [name for name in opened.folders if opened.dropout_of(name) == dropout.OFF]
+        others = f", off on {', '.join(without)}" if without else ""
+        commandline.say(f"{run.path}: dropout as recorded on batch{others}")
     report = check_update(run, opened.workload, data=any(data.fixed for data in opened.loss_data.values()))
     commandline.say(f"self-check: {report.text}")
     if options.dry_run:

@@ -6,17 +6,22 @@ Sums and counts, exactly as training normalises them: L = Σ loss sums / Σ pred
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recorder.errors import FormatError
+from replay.dropout import as_recorded
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import nn
 
     from recorder.workload import Workload
+    from replay.dropout import RandomStates
     from replay.precision import Precision
 
 
@@ -64,7 +69,9 @@ def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, 
 
 
 class LossSurface:
-    """A model as a function from parameters and micro-batches to loss and gradient, dropout off.
+    """A model as a function from parameters and micro-batches to loss and gradient.
+
+    Dropout is off, unless an evaluation is given the random states to draw it from.
 
     Parameters
     ----------
@@ -135,7 +142,9 @@ class LossSurface:
             raise FormatError(message)
         set_parameters({name: present[name] for name in buffers}, buffers)
 
-    def evaluate(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> Evaluation:
+    def evaluate(
+        self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], states: RandomStates | None = None
+    ) -> Evaluation:
         """Compute loss and gradient at parameters `theta`.
 
         Parameters
@@ -144,6 +153,9 @@ class LossSurface:
             Every trained parameter.
         micro_batches
             On this surface's device.
+        states
+            For every micro-batch the random states that its dropout is drawn from, in training mode; None for dropout
+            off.
 
         Returns
         -------
@@ -154,12 +166,14 @@ class LossSurface:
         for parameter in self._parameters.values():
             parameter.grad = None
         loss_sum, predictions = 0.0, 0.0
-        for micro_batch in micro_batches:
-            with self.precision.forward(self.device):
-                loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(loss.detach())
-            predictions += float(count)
+        with self._mode(states) as draw:
+            for position, micro_batch in enumerate(micro_batches):
+                draw(position)
+                with self.precision.forward(self.device):
+                    loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss_sum += float(loss.detach())
+                predictions += float(count)
         gradient = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
@@ -167,12 +181,14 @@ class LossSurface:
                 parameter.grad = None
         return Evaluation(loss=loss_sum / predictions, gradient=gradient)
 
-    def loss(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> float:
+    def loss(
+        self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], states: RandomStates | None = None
+    ) -> float:
         """Compute the mean loss alone.
 
         Parameters
         ----------
-        theta, micro_batches
+        theta, micro_batches, states
             As for `evaluate`.
 
         Returns
@@ -182,9 +198,17 @@ class LossSurface:
         """
         set_parameters(self._parameters, theta)
         loss_sum, predictions = 0.0, 0.0
-        with torch.no_grad(), self.precision.forward(self.device):
-            for micro_batch in micro_batches:
-                loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
-                loss_sum += float(loss)
+        # Where no gradient is wanted torch may choose another attention kernel, which draws another dropout.
+        with self._mode(states) as draw, torch.set_grad_enabled(states is not None):
+            for position, micro_batch in enumerate(micro_batches):
+                draw(position)
+                with self.precision.forward(self.device):
+                    loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
+                loss_sum += float(loss.detach())
                 predictions += float(count)
         return loss_sum / predictions
+
+    def _mode(self, states: RandomStates | None) -> AbstractContextManager[Callable[[int], None]]:
+        if states is None:
+            return nullcontext(lambda position: None)
+        return as_recorded(self._model, states, self.device)

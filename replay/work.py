@@ -19,7 +19,7 @@ from recorder.loading import load_workload
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
-from replay import lossdata
+from replay import dropout, lossdata
 from replay.allocate import Tolerance, allocate, sum_over_units
 from replay.gradients import Evaluation, LossSurface
 from replay.precision import fitting, precision_named
@@ -57,6 +57,8 @@ class Job:
         Threads of torch in each worker.
     workload, data
         As on the command line.
+    dropout
+        ``off``, or ``recorded`` for the loss data whose examples the training saw in that order.
     """
 
     run: str
@@ -71,6 +73,7 @@ class Job:
     threads: int
     workload: str | None
     data: str | None
+    dropout: str = dropout.OFF
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +158,7 @@ class Replayer:
             rule=self.job.rule,
             rtol=self.job.rtol,
             atol=self.job.atol,
-            dropout="off",
+            dropout=self.dropout_of(name),
             chunk=self.job.chunk,
             recipe={**current_recipe(self._device), "dtype": self._precision.name},
         )
@@ -166,6 +169,40 @@ class Replayer:
             "buffers": list(manifest.buffers),
         }
         return ShardFolder.create(self.run.path, settings, manifest.parameters, provenance)
+
+    def dropout_of(self, name: str) -> str:
+        """Say how a loss data is measured.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+
+        Returns
+        -------
+        str
+            ``recorded`` only on the recorded batches: to other examples no recorded random state belongs.
+        """
+        return self.job.dropout if isinstance(self.loss_data[name], lossdata.RecordedBatch) else dropout.OFF
+
+    def random_states(self, name: str, step: Step) -> dropout.RandomStates | None:
+        """Return what the dropout of a step is drawn from.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+        step
+            The recorded step.
+
+        Returns
+        -------
+        sequence of mapping, or None
+            Of every micro-batch; None where dropout is off.
+        """
+        if self.dropout_of(name) == dropout.OFF:
+            return None
+        return [micro_batch.random_state for micro_batch in step.micro_batches]
 
     def replay(self, task: Task) -> Receipt:
         """Allocate every step of a chunk and write one shard for each loss data.
@@ -265,12 +302,13 @@ class Replayer:
     ) -> Evaluation | None:
         data = self.loss_data[name]
         micro_batches = data.micro_batches(step)
+        states = self.random_states(name, step)
         allocation = allocate(
             start,
             end,
             self.rule,
-            evaluate=lambda theta: self._surface.evaluate(theta, micro_batches),
-            loss=lambda theta: self._surface.loss(theta, micro_batches),
+            evaluate=lambda theta: self._surface.evaluate(theta, micro_batches, states),
+            loss=lambda theta: self._surface.loss(theta, micro_batches, states),
             first=first,
             tolerance=self._tolerance,
         )
