@@ -19,6 +19,7 @@ from recorder.ranges import describe_ranges
 from recorder.recovery import recover
 from recorder.runformat import Run
 from replay import dropout, lossdata
+from replay.passes import check_recorded_loss, check_table, check_two_passes
 from replay.precision import PRECISIONS
 from replay.progress import with_progress
 from replay.quadrature import ADAPTIVE, RULES, AdaptiveRule
@@ -165,6 +166,17 @@ def _remove_stale(run: Run, opened: Replayer) -> None:
         commandline.say(f"{run.path}: {len(stale)} shards of steps that were recorded anew are removed")
 
 
+def _check_recipe(opened: Replayer, tasks: Sequence[Task]) -> list[str]:
+    # Only of what is to be computed: a rerun that finds everything done has nothing to check.
+    wanted = {name for task in tasks for name in task.loss_data}
+    names = [name for name in opened.loss_data if name in wanted]
+    if not names:
+        return []
+    recorded = [name for name in names if opened.dropout_of(name) == dropout.RECORDED]
+    text, evaluations = check_two_passes(opened.run, names, opened.evaluate, recorded=recorded)
+    return [text, *(check_recorded_loss(opened.run, evaluations[name], opened.precision) for name in recorded)]
+
+
 def _run_tasks(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receipt]:
     if workers == 1 or len(tasks) == 1:
         return run_serially(job, tasks)
@@ -186,12 +198,13 @@ def _replay(options: argparse.Namespace) -> int:
         f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(opened.folders)}; "
         f"{job.rule} rule; {steps} steps to do in {len(tasks)} shards"
     )
+    check_table(run, opened.surface.shapes)
     if options.dropout == dropout.RECORDED:
         without = [name for name in opened.folders if opened.dropout_of(name) == dropout.OFF]
         others = f", off on {', '.join(without)}" if without else ""
         commandline.say(f"{run.path}: dropout as recorded on batch{others}")
     report = check_update(run, opened.workload, data=any(data.fixed for data in opened.loss_data.values()))
-    commandline.say(f"self-check: {report.text}")
+    commandline.say(f"self-check: {'; '.join([report.text, *_check_recipe(opened, tasks)])}")
     if options.dry_run:
         evaluations = sum(opened.evaluations(task) for task in tasks)
         free = shutil.disk_usage(run.path).free

@@ -120,6 +120,11 @@ class LossSurface:
             parameter.requires_grad_(name in self._parameters)
         set_parameters({name: present[name] for name in fixed}, fixed)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every parameter of the model."""
+        return {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
+
     def hold(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Set buffers of the model, for all evaluations to come.
 

@@ -39,7 +39,8 @@ SIXTEEN_BIT_UPDATE_TOLERANCE = 0.2
 
 MOST_STEPS = 3
 _CAUSES = (
-    "Likely causes: other data, changed code, another order of rows, or random numbers drawn elsewhere in the loop"
+    "Likely causes: other data, changed code, another order of rows, or random numbers drawn elsewhere in the loop. "
+    "Replay with the code and the data of the training (--workload, --data)"
 )
 
 
@@ -143,8 +144,19 @@ def _processes(run: Run) -> int:
     return next(attempt.processes for attempt in run.manifest.attempts if attempt.number == number)
 
 
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    # A training that diverged in its first steps holds NaN, which differs from itself.
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Compare two tensors entry by entry.
+
+    Parameters
+    ----------
+    left, right
+        The tensors.
+
+    Returns
+    -------
+    bool
+        Whether they are the same; NaN counts as NaN, for a training that diverged in its first steps holds it.
+    """
     return torch.equal(left, right) or bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
@@ -154,7 +166,7 @@ def _steps_to_repeat(run: Run) -> list[Step]:
     for t in range(first, min(stop, first + MOST_STEPS)):
         steps.append(run.step(t))
         before, after = run.parameters(t), run.parameters(t + 1)
-        if any(not _same(before[name], after[name]) for name in after):
+        if any(not same(before[name], after[name]) for name in after):
             break
     return steps
 
@@ -169,8 +181,22 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _loss_tolerance(loss_sum: float, sixteen_bit: torch.dtype | None) -> float:
-    # Relative. A loss that is itself a 16-bit number can round to the next one or the one after; float32 losses of
+def loss_tolerance(loss_sum: float, sixteen_bit: torch.dtype | None) -> float:
+    """Say how far a loss computed again may lie from the recorded one.
+
+    Parameters
+    ----------
+    loss_sum
+        The recorded loss.
+    sixteen_bit
+        The coarsest dtype that it was computed in; None for float32 and float64.
+
+    Returns
+    -------
+    float
+        Relative to the loss.
+    """
+    # A loss that is itself a 16-bit number can round to the next one or the one after; float32 losses of
     # 16-bit logits differed by 1e-5, far less than a quarter of the logits' own rounding.
     if sixteen_bit is None:
         return LOSS_TOLERANCE
@@ -203,7 +229,7 @@ def _compare_losses(
         if loss_sum == micro_batch.loss_sum or (math.isnan(loss_sum) and math.isnan(micro_batch.loss_sum)):
             continue
         difference = abs(loss_sum - micro_batch.loss_sum)
-        relative = 0.0 if exactly else _loss_tolerance(micro_batch.loss_sum, sixteen_bit)
+        relative = 0.0 if exactly else loss_tolerance(micro_batch.loss_sum, sixteen_bit)
         tolerance = relative * abs(micro_batch.loss_sum)
         if not (math.isfinite(difference) and difference <= tolerance):
             message = (
@@ -219,7 +245,7 @@ def _compare_parameters(
     run: Run, step: Step, update: RepeatedUpdate, before: Mapping[str, torch.Tensor], tolerance: float
 ) -> bool:
     recorded = run.parameters(step.step + 1)
-    different = [name for name in recorded if not _same(recorded[name], update.parameters[name])]
+    different = [name for name in recorded if not same(recorded[name], update.parameters[name])]
     if not different:
         return True
     errors = {name: (update.parameters[name].double() - recorded[name].double()).norm().item() for name in different}

@@ -127,18 +127,18 @@ class Replayer:
         self.run = Run(Path(job.run))
         self.rule = rule_named(job.rule)
         trained = self.run.manifest.trained
-        self._precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
-        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self._precision.epsilon)
+        self.precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
+        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self.precision.epsilon)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self._device = torch.device(job.device)
         self._trained = trained
         self._held = bool(self.run.manifest.buffers)
-        self._surface = LossSurface(
+        self.surface = LossSurface(
             self.workload,
             [parameter.name for parameter in self._trained],
             self.run.untrained(),
             self._device,
-            self._precision,
+            self.precision,
         )
         first = self.run.step(self.run.steps[0])
         requests = [lossdata.parse(text) for text in job.loss_data]
@@ -160,7 +160,7 @@ class Replayer:
             atol=self.job.atol,
             dropout=self.dropout_of(name),
             chunk=self.job.chunk,
-            recipe={**current_recipe(self._device), "dtype": self._precision.name},
+            recipe={**current_recipe(self._device), "dtype": self.precision.name},
         )
         provenance = {
             "run": dict(manifest.provenance),
@@ -204,6 +204,28 @@ class Replayer:
             return None
         return [micro_batch.random_state for micro_batch in step.micro_batches]
 
+    def evaluate(self, t: int, name: str) -> Evaluation:
+        """Measure loss and gradient at the start of a step.
+
+        Parameters
+        ----------
+        t
+            The step.
+        name
+            The loss data.
+
+        Returns
+        -------
+        Evaluation
+            At θ_t.
+        """
+        step = self.run.step(t)
+        if self._held:
+            self.surface.hold(self.run.buffers(t))
+        return self.surface.evaluate(
+            self._theta(t), self.loss_data[name].micro_batches(step), self.random_states(name, step)
+        )
+
     def replay(self, task: Task) -> Receipt:
         """Allocate every step of a chunk and write one shard for each loss data.
 
@@ -225,7 +247,7 @@ class Replayer:
             start, end = end, self._theta(t + 1)
             step = self.run.step(t)
             if self._held:
-                self._surface.hold(self.run.buffers(t))
+                self.surface.hold(self.run.buffers(t))
             for name in task.loss_data:
                 known[name] = self._fill(shards[name], row, step, name, start, end, known[name])
         attempts = self.run.attempts_within(task.start, task.stop)
@@ -274,7 +296,7 @@ class Replayer:
 
     def _theta(self, t: int) -> dict[str, torch.Tensor]:
         return {
-            name: self._precision.converted(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()
+            name: self.precision.converted(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()
         }
 
     def _empty_shard(self, steps: int) -> Shard:
@@ -307,8 +329,8 @@ class Replayer:
             start,
             end,
             self.rule,
-            evaluate=lambda theta: self._surface.evaluate(theta, micro_batches, states),
-            loss=lambda theta: self._surface.loss(theta, micro_batches, states),
+            evaluate=lambda theta: self.surface.evaluate(theta, micro_batches, states),
+            loss=lambda theta: self.surface.loss(theta, micro_batches, states),
             first=first,
             tolerance=self._tolerance,
         )
