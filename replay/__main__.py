@@ -18,7 +18,8 @@ from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
 from recorder.recovery import recover
 from recorder.runformat import Run
-from replay import dropout, lossdata
+from replay import dropout, entries, lossdata
+from replay.chunks import parse_windows
 from replay.passes import check_recorded_loss, check_table, check_two_passes
 from replay.precision import PRECISIONS
 from replay.progress import with_progress
@@ -74,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         help="recorded: on loss data batch the model is in training mode and draws what the training drew; on other "
         "loss data dropout is always off (default %(default)s)",
     )
+    parser.add_argument(
+        "--per-parameter",
+        metavar="WINDOWS",
+        help="keep also the LCA of every single entry, summed over windows of steps such as 0:100,100:1000, or over "
+        "all; a window takes 8 bytes an entry for each loss data",
+    )
     parser.add_argument("--workload", metavar="MODULE:FUNCTION", help="what rebuilds the training; or 'recorded'")
     parser.add_argument("--data", metavar="FOLDER", help="where fairseq's binarised data is now, if it has moved")
     parser.add_argument("--dry-run", action="store_true", help="check, say what would be done, and stop")
@@ -126,6 +133,7 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
         workload=options.workload,
         data=None if options.data is None else str(Path(options.data).resolve()),
         dropout=options.dropout,
+        windows=() if options.per_parameter is None else parse_windows(options.per_parameter, run.consecutive),
     )
 
 
@@ -162,6 +170,9 @@ def _remove_stale(run: Run, opened: Replayer) -> None:
     stale = [(folder, entry) for folder in opened.folders.values() for entry in folder.stale(run.attempts_within)]
     for folder, (start, stop) in stale:
         folder.remove(start, stop)
+    sums = sum(entries.remove_stale(folder.path, run.attempts_within) for folder in opened.folders.values())
+    if sums:
+        commandline.say(f"{run.path}: {sums} files of entries summed over steps that were recorded anew are removed")
     if stale:
         commandline.say(f"{run.path}: {len(stale)} shards of steps that were recorded anew are removed")
 
@@ -192,7 +203,8 @@ def _replay(options: argparse.Namespace) -> int:
     if not options.dry_run:
         _remove_stale(run, opened)
     consecutive = run.consecutive
-    tasks = _wanted(options.steps, plan(job, opened.folders, consecutive, again=options.overwrite))
+    to_do = plan(job, opened.folders, consecutive, entries=opened.entries, again=options.overwrite)
+    tasks = _wanted(options.steps, to_do)
     steps = sum(task.stop - task.start for task in tasks)
     commandline.say(
         f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(opened.folders)}; "
@@ -215,9 +227,14 @@ def _replay(options: argparse.Namespace) -> int:
             f"({free / 1e9:.1f} GB free)"
         )
         return commandline.DONE
+    for of_entries in opened.entries.values():
+        if options.overwrite:
+            of_entries.remove_sums_of((task.start, task.stop) for task in tasks)
+        of_entries.add_up()
     workers = options.workers or os.cpu_count() or 1
-    for _ in with_progress(_run_tasks(job, tasks, workers) if tasks else iter(()), steps):
-        pass
+    for receipt in with_progress(_run_tasks(job, tasks, workers) if tasks else iter(()), steps):
+        for name in receipt.task.loss_data:
+            opened.entries[name].add_up()
     return _conclude(options, opened)
 
 
@@ -226,6 +243,12 @@ def _conclude(options: argparse.Namespace, opened: Replayer) -> int:
     for name, summary in summaries.items():
         for line in summary.lines(name):
             commandline.say(line)
+    files = {name: [str(path) for path in opened.entries[name].finished()] for name in summaries}
+    for name in summaries:
+        for (start, stop), there, of in opened.entries[name].unfinished():
+            commandline.say(
+                f"{name}: entries of steps {start}:{stop} are there for {there} of {of} chunks; replay the others too"
+            )
     if options.json:
         commandline.result(
             json.dumps(
@@ -236,6 +259,7 @@ def _conclude(options: argparse.Namespace, opened: Replayer) -> int:
                         "status": {status.name.lower(): count for status, count in summary.counts.items()},
                         # JSON has no NaN.
                         "worst_residual": summary.residual_worst if math.isfinite(summary.residual_worst) else None,
+                        **({"entries": files[name]} if opened.job.windows else {}),
                     }
                     for name, summary in summaries.items()
                 }
@@ -244,6 +268,8 @@ def _conclude(options: argparse.Namespace, opened: Replayer) -> int:
     else:
         for name in summaries:
             commandline.result(str(opened.folders[name].path))
+            for file in files[name]:
+                commandline.result(file)
     balanced = all(summary.balanced for summary in summaries.values())
     return commandline.DONE if balanced else commandline.TOLERANCE_NOT_MET
 

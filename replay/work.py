@@ -21,6 +21,8 @@ from recorder.runformat import Run
 from recorder.steps import Step
 from replay import dropout, lossdata
 from replay.allocate import Tolerance, allocate, sum_over_units
+from replay.chunks import chunks
+from replay.entries import Collector, EntryFolder
 from replay.gradients import Evaluation, LossSurface
 from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
@@ -59,6 +61,8 @@ class Job:
         As on the command line.
     dropout
         ``off``, or ``recorded`` for the loss data whose examples the training saw in that order.
+    windows
+        Start and stop of the windows of steps whose LCA is kept for every entry.
     """
 
     run: str
@@ -74,6 +78,7 @@ class Job:
     workload: str | None
     data: str | None
     dropout: str = dropout.OFF
+    windows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +151,10 @@ class Replayer:
             request.name: lossdata.build(request, self.workload, first, self._device) for request in requests
         }
         self.folders = {name: self._folder(name) for name in self.loss_data}
+        self.entries = {
+            name: EntryFolder(folder, job.windows, self.run.consecutive, self.run.attempts_within)
+            for name, folder in self.folders.items()
+        }
 
     def _folder(self, name: str) -> ShardFolder:
         manifest = self.run.manifest
@@ -241,6 +250,7 @@ class Replayer:
         """
         steps = range(task.start, task.stop)
         shards = {name: self._empty_shard(len(steps)) for name in task.loss_data}
+        kept = {name: self.entries[name].collect(task.start, task.stop) for name in task.loss_data}
         known: dict[str, Evaluation | None] = dict.fromkeys(task.loss_data)
         end = self._theta(task.start)
         for row, t in enumerate(steps):
@@ -249,7 +259,7 @@ class Replayer:
             if self._held:
                 self.surface.hold(self.run.buffers(t))
             for name in task.loss_data:
-                known[name] = self._fill(shards[name], row, step, name, start, end, known[name])
+                known[name] = self._fill(shards[name], row, step, name, start, end, known[name], kept[name])
         attempts = self.run.attempts_within(task.start, task.stop)
         files = tuple(
             str(self.folders[name].write(task.start, task.stop, shards[name], attempts)) for name in task.loss_data
@@ -321,6 +331,7 @@ class Replayer:
         start: Mapping[str, torch.Tensor],
         end: Mapping[str, torch.Tensor],
         first: Evaluation | None,
+        kept: Collector,
     ) -> Evaluation | None:
         data = self.loss_data[name]
         micro_batches = data.micro_batches(step)
@@ -350,12 +361,17 @@ class Replayer:
         }
         for key, value in entries.items():
             shard.per_step[key][row] = value
+        keep = kept.takes(step.step)
         for parameter in self._trained:
-            sums = sum_over_units(allocation.lca(parameter.name), parameter)
+            lca = allocation.lca(parameter.name)
+            sums = sum_over_units(lca, parameter)
+            if keep:
+                kept.add(parameter.name, lca)
             for quantity in PER_UNIT:
                 _put(shard.per_unit[quantity][parameter.name], row, getattr(sums, quantity))
             for quantity, value in zip(PER_PARAMETER, allocation.geometry(parameter.name), strict=True):
                 shard.per_parameter[quantity][parameter.name][row] = value
+        kept.close(step.step)
         return allocation.end if data.fixed and not self._held else None
 
 
@@ -399,11 +415,14 @@ def do(job: Job, task: Task) -> Receipt:
 
 
 def plan(
-    job: Job, folders: Mapping[str, ShardFolder], recorded: Sequence[tuple[int, int]], *, again: bool = False
+    job: Job,
+    folders: Mapping[str, ShardFolder],
+    recorded: Sequence[tuple[int, int]],
+    *,
+    entries: Mapping[str, EntryFolder] | None = None,
+    again: bool = False,
 ) -> list[Task]:
     """List what is still to do: chunks of consecutive recorded steps whose shard is missing.
-
-    Chunks start at multiples of the chunk length, so that they are the same whatever was done before.
 
     Parameters
     ----------
@@ -413,6 +432,8 @@ def plan(
         Loss data to its folder of shards.
     recorded
         Start and stop of consecutive recorded steps.
+    entries
+        Loss data to what it keeps of single entries: a chunk of which that is missing is done again.
     again
         List the finished chunks too.
 
@@ -422,13 +443,11 @@ def plan(
         In the order of steps.
     """
     finished = {name: set() if again else set(folder.finished()) for name, folder in folders.items()}
+    for name, of_entries in (entries or {}).items():
+        finished[name] -= of_entries.missing()
     tasks = []
-    for start, stop in recorded:
-        first = start
-        while first < stop:
-            last = min(stop, (first // job.chunk + 1) * job.chunk)
-            missing = tuple(name for name in folders if (first, last) not in finished[name])
-            if missing:
-                tasks.append(Task(start=first, stop=last, loss_data=missing))
-            first = last
+    for start, stop in chunks(recorded, job.chunk):
+        missing = tuple(name for name in folders if (start, stop) not in finished[name])
+        if missing:
+            tasks.append(Task(start=start, stop=stop, loss_data=missing))
     return tasks
