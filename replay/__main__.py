@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         "--loss-data",
         action="append",
         metavar="NAME",
-        help=f"batch, probe:N or valid:N; may be given several times (default: {' and '.join(lossdata.DEFAULT)})",
+        help="batch, probe:N, valid:N, fresh:N or file:PATH, with NAME= before it to call it otherwise; may be given "
+        f"several times (default: {' and '.join(lossdata.DEFAULT)})",
     )
     parser.add_argument(
         "--rule", default=ADAPTIVE.name, choices=sorted(RULES), help="quadrature rule (default %(default)s)"
@@ -112,7 +113,7 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = "cuda" if on_gpu else "cpu"
     if options.dropout == dropout.RECORDED:
-        if "batch" not in names:
+        if "batch" not in {request.kind for request in requests}:
             message = (
                 f"--dropout recorded: random states are recorded for the training's own batches, and the loss data is "
                 f"{', '.join(names)}; add --loss-data batch"
@@ -177,6 +178,12 @@ def _remove_stale(run: Run, opened: Replayer) -> None:
         commandline.say(f"{run.path}: {len(stale)} shards of steps that were recorded anew are removed")
 
 
+def _say_dropout(opened: Replayer) -> str:
+    off = [name for name in opened.loss_data if opened.dropout_of(name) == dropout.OFF]
+    recorded = [name for name in opened.loss_data if name not in off]
+    return f"dropout as recorded on {', '.join(recorded)}" + (f", off on {', '.join(off)}" if off else "")
+
+
 def _check_recipe(opened: Replayer, tasks: Sequence[Task]) -> list[str]:
     # Only of what is to be computed: a rerun that finds everything done has nothing to check.
     wanted = {name for task in tasks for name in task.loss_data}
@@ -212,10 +219,8 @@ def _replay(options: argparse.Namespace) -> int:
     )
     check_table(run, opened.surface.shapes)
     if options.dropout == dropout.RECORDED:
-        without = [name for name in opened.folders if opened.dropout_of(name) == dropout.OFF]
-        others = f", off on {', '.join(without)}" if without else ""
-        commandline.say(f"{run.path}: dropout as recorded on batch{others}")
-    report = check_update(run, opened.workload, data=any(data.fixed for data in opened.loss_data.values()))
+        commandline.say(f"{run.path}: {_say_dropout(opened)}")
+    report = check_update(run, opened.workload, data=opened.collates)
     commandline.say(f"self-check: {'; '.join([report.text, *_check_recipe(opened, tasks)])}")
     if options.dry_run:
         evaluations = sum(opened.evaluations(task) for task in tasks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -22,8 +22,9 @@ from replay.shards import Status
 Theta = Mapping[str, torch.Tensor]
 
 
-FLOOR_ULPS = 8
-"""Rounding errors of the two losses that a residual may consist of, in units of the loss's last place."""
+FLOOR_ULPS = 4
+"""Spacings of the loss that rounding may move a residual by: 1.5 at most in the steps of a small Transformer, float32
+against float64."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +100,11 @@ class Allocation:
         Gradient evaluations used.
     end
         The evaluation at θ_{t+1} where the rule has one: on a fixed loss data, the next step's first.
+    counts
+        Number of predictions of every micro-batch.
+    spread
+        Where asked for: parameter name to what every micro-batch gives to its LCA, times all predictions, as found at
+        the rule's node in the middle of the step; float64 of shape (micro-batches,).
     """
 
     gradient: Mapping[str, torch.Tensor]
@@ -107,6 +113,13 @@ class Allocation:
     loss_end: float
     evaluations: int
     end: Evaluation | None
+    counts: tuple[float, ...] = (1.0,)
+    spread: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def predictions(self) -> float:
+        """What the loss is averaged over."""
+        return sum(self.counts)
 
     def geometry(self, name: str) -> tuple[float, float, float]:
         """Return a parameter's LCA as a product of three.
@@ -163,6 +176,7 @@ def allocate(
     first: Evaluation | None = None,
     *,
     tolerance: Tolerance,
+    along: Callable[[Theta, Theta], Evaluation] | None = None,
 ) -> Allocation:
     """Allocate the loss change between two parameter sets along the straight line between them.
 
@@ -180,13 +194,16 @@ def allocate(
         The evaluation at `start`, where it is known already.
     tolerance
         When an adaptive rule is content.
+    along
+        Like `evaluate`, and tells the micro-batches apart along a direction: used once, in the middle of the step,
+        where their spread is asked for.
 
     Returns
     -------
     Allocation
         Accumulated in float64.
     """
-    line = _Line(start, end, evaluate, first)
+    line = _Line(start, end, evaluate, first, rule.middle, along)
     mean = _halved(line, rule, tolerance) if isinstance(rule, AdaptiveRule) else _once(line, rule)
     at_start, at_end = line.ends
     return Allocation(
@@ -196,6 +213,39 @@ def allocate(
         loss_end=at_end.loss if at_end is not None else loss(end),
         evaluations=line.evaluations,
         end=at_end,
+        counts=line.counts,
+        spread=line.spread,
+    )
+
+
+def by_weight(parts: Sequence[Allocation]) -> Allocation:
+    """Put together the allocations of groups of examples: the mean over all their predictions.
+
+    Parameters
+    ----------
+    parts
+        Of the same step, each on one group; at least one.
+
+    Returns
+    -------
+    Allocation
+        On all groups together: losses, gradients and so LCA are the groups' by weight.
+    """
+    predictions = sum(part.predictions for part in parts)
+    weights = [part.predictions / predictions for part in parts]
+    gradient = {name: entries * weights[0] for name, entries in parts[0].gradient.items()}
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        for name, entries in part.gradient.items():
+            gradient[name].add_(entries, alpha=weight)
+    pairs = list(zip(parts, weights, strict=True))
+    return Allocation(
+        gradient=gradient,
+        delta=parts[0].delta,
+        loss_start=sum(part.loss_start * weight for part, weight in pairs),
+        loss_end=sum(part.loss_end * weight for part, weight in pairs),
+        evaluations=sum(part.evaluations for part in parts),
+        end=None,
+        counts=tuple(count for part in parts for count in part.counts),
     )
 
 
@@ -203,9 +253,18 @@ class _Line:
     """The straight line between two parameter sets, and what is known on it."""
 
     def __init__(
-        self, start: Theta, end: Theta, evaluate: Callable[[Theta], Evaluation], first: Evaluation | None
+        self,
+        start: Theta,
+        end: Theta,
+        evaluate: Callable[[Theta], Evaluation],
+        first: Evaluation | None,
+        middle: float,
+        along: Callable[[Theta, Theta], Evaluation] | None,
     ) -> None:
         self._start, self._end, self._evaluate = start, end, evaluate
+        self._middle, self._along = middle, along
+        self.counts: tuple[float, ...] = () if first is None else first.counts
+        self.spread: Mapping[str, torch.Tensor] | None = None
         self.delta = {name: end[name].double() - start[name].double() for name in start}
         self.ends: tuple[Evaluation | None, Evaluation | None] = (first, None)
         self.evaluations = 0
@@ -222,7 +281,12 @@ class _Line:
         at_start, at_end = self.ends
         if node == 0 and at_start is not None:
             return at_start
-        point = self._evaluate(self._between(node))
+        if self._along is not None and node == self._middle:
+            point = self._along(self._between(node), self.delta)
+            self.spread = point.along
+        else:
+            point = self._evaluate(self._between(node))
+        self.counts = point.counts
         self.evaluations += 1
         if node in (0, 1):
             self.ends = (point, at_end) if node == 0 else (at_start, point)

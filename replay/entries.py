@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from replay.allocate import Allocation
     from replay.shards import Attempts, ShardFolder
 
 FORMAT = "lossledger-entries"
@@ -251,46 +252,24 @@ class Collector:
         self._write = write
         self._sums: dict[str, torch.Tensor] = {}
 
-    def takes(self, t: int) -> bool:
-        """Say whether a step is in a window.
+    def add(self, t: int, allocation: Allocation) -> None:
+        """Add the entries of a step, if it is in a window; what is complete with it is written.
 
         Parameters
         ----------
         t
             The step.
-
-        Returns
-        -------
-        bool
-            Whether its entries are to be added.
+        allocation
+            Its ledger.
         """
-        return any(start <= t < stop for _, (start, stop) in self._wanted)
-
-    def add(self, name: str, lca: torch.Tensor) -> None:
-        """Add the entries of one parameter at the step at hand.
-
-        Parameters
-        ----------
-        name
-            The parameter.
-        lca
-            float64 in the parameter's shape, in nats; kept, so it is the caller's no longer.
-        """
-        if name in self._sums:
-            self._sums[name].add_(lca)
-        else:
-            self._sums[name] = lca
-
-    def close(self, t: int) -> None:
-        """Tell that all parameters of a step were added; what is complete with it is written.
-
-        Parameters
-        ----------
-        t
-            The step.
-        """
-        if self._wanted and self._wanted[0][1][1] == t + 1:
-            window, piece = self._wanted.pop(0)
+        if not any(start <= t < stop for _, (start, stop) in self._wanted):
+            return
+        for name in allocation.gradient:
+            lca = allocation.lca(name)
+            self._sums[name] = self._sums[name].add_(lca) if name in self._sums else lca
+        window, (_, stop) = self._wanted[0]
+        if stop == t + 1:
+            _, piece = self._wanted.pop(0)
             self._write(window, piece, {name: entries.cpu() for name, entries in self._sums.items()})
             self._sums = {}
 

@@ -36,10 +36,22 @@ class Evaluation:
     gradient
         Parameter name to ∂loss/∂parameter, in the parameter's shape and dtype. A parameter that the loss does not
         depend on is left out: its gradient is zero.
+    counts
+        Number of predictions of every micro-batch.
+    along
+        Where a direction was given: parameter name to the derivative along it of every micro-batch's summed loss,
+        float64 of shape (micro-batches,).
     """
 
     loss: float
     gradient: Mapping[str, torch.Tensor]
+    counts: tuple[float, ...] = (1.0,)
+    along: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def predictions(self) -> float:
+        """What the loss is averaged over."""
+        return sum(self.counts)
 
 
 def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
@@ -148,7 +160,12 @@ class LossSurface:
         set_parameters({name: present[name] for name in buffers}, buffers)
 
     def evaluate(
-        self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], states: RandomStates | None = None
+        self,
+        theta: Mapping[str, torch.Tensor],
+        micro_batches: Sequence[Any],
+        direction: Mapping[str, torch.Tensor] | None = None,
+        *,
+        states: RandomStates | None = None,
     ) -> Evaluation:
         """Compute loss and gradient at parameters `theta`.
 
@@ -158,6 +175,8 @@ class LossSurface:
             Every trained parameter.
         micro_batches
             On this surface's device.
+        direction
+            For every trained parameter a float64 tensor in its shape, to tell the micro-batches apart along it.
         states
             For every micro-batch the random states that its dropout is drawn from, in training mode; None for dropout
             off.
@@ -170,7 +189,8 @@ class LossSurface:
         set_parameters(self._parameters, theta)
         for parameter in self._parameters.values():
             parameter.grad = None
-        loss_sum, predictions = 0.0, 0.0
+        loss_sum, counts = 0.0, []
+        reached = []
         with self._mode(states) as draw:
             for position, micro_batch in enumerate(micro_batches):
                 draw(position)
@@ -178,16 +198,33 @@ class LossSurface:
                     loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
                 loss.backward()  # type: ignore[no-untyped-call]
                 loss_sum += float(loss.detach())
-                predictions += float(count)
+                counts.append(float(count))
+                if direction is not None:
+                    reached.append(self._along(direction))
+        predictions = sum(counts)
         gradient = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 gradient[name] = parameter.grad.div_(predictions)
                 parameter.grad = None
-        return Evaluation(loss=loss_sum / predictions, gradient=gradient)
+        along = None
+        if direction is not None:
+            totals = torch.stack(reached)
+            parts = torch.diff(totals, dim=0, prepend=torch.zeros_like(totals[:1])).T
+            along = dict(zip(direction, parts, strict=True))
+        return Evaluation(loss=loss_sum / predictions, gradient=gradient, counts=tuple(counts), along=along)
+
+    def _along(self, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        # Gradients add up over the micro-batches; so do their products with the direction.
+        products = []
+        for name, entries in direction.items():
+            gradient = self._parameters[name].grad
+            zero = entries.new_zeros(())
+            products.append(zero if gradient is None else torch.dot(gradient.double().view(-1), entries.reshape(-1)))
+        return torch.stack(products)
 
     def loss(
-        self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], states: RandomStates | None = None
+        self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], *, states: RandomStates | None = None
     ) -> float:
         """Compute the mean loss alone.
 

@@ -61,7 +61,7 @@ def test_the_gradient_at_the_start_of_every_step_is_the_trainings_bit_for_bit(
             found = surface.evaluate(
                 run.parameters(t),
                 [micro_batch.batch() for micro_batch in step.micro_batches],
-                [micro_batch.random_state for micro_batch in step.micro_batches],
+                states=[micro_batch.random_state for micro_batch in step.micro_batches],
             )
             got = {name: entry for name, entry in zip(names, summed[t], strict=True) if entry is not None}
             assert found.gradient.keys() == set(trained) <= got.keys()

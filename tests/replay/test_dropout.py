@@ -67,7 +67,7 @@ def test_the_gradient_at_the_start_of_every_step_is_the_optimizers_bit_for_bit(t
     names = [name for name, _ in workload.model().named_parameters()]
     surface = _surface(run, workload)
     for t in run.steps:
-        found = surface.evaluate(run.parameters(t), _batches(run, t), _states(run, t))
+        found = surface.evaluate(run.parameters(t), _batches(run, t), states=_states(run, t))
         expected = {name: entry for name, entry in zip(names, seen[t], strict=True) if entry is not None}
         assert found.gradient.keys() == expected.keys()
         assert all(torch.equal(found.gradient[name], expected[name]) for name in expected)
@@ -81,11 +81,11 @@ def test_along_the_segment_the_loss_is_one_fixed_function_of_the_parameters(tmp_
     surface = _surface(run, load_workload(run.path, run.manifest, "recorded", None))
     batches, states, end = _batches(run, 0), _states(run, 0), run.parameters(1)
     torch.manual_seed(99)
-    one = surface.evaluate(end, batches, states)
+    one = surface.evaluate(end, batches, states=states)
     torch.manual_seed(100)
     surface.evaluate(run.parameters(0), batches)
-    other = surface.evaluate(end, batches, states)
-    assert surface.loss(end, batches, states) == one.loss == other.loss != surface.loss(end, batches)
+    other = surface.evaluate(end, batches, states=states)
+    assert surface.loss(end, batches, states=states) == one.loss == other.loss != surface.loss(end, batches)
     assert all(torch.equal(one.gradient[name], other.gradient[name]) for name in one.gradient)
 
 
@@ -94,8 +94,8 @@ def test_the_random_generators_of_the_process_are_left_as_they_were(tmp_path: Pa
     run = Run(tmp_path)
     surface = _surface(run, load_workload(run.path, run.manifest, "recorded", None))
     before = torch.get_rng_state()
-    surface.evaluate(run.parameters(0), _batches(run, 0), _states(run, 0))
-    surface.loss(run.parameters(0), _batches(run, 0), _states(run, 0))
+    surface.evaluate(run.parameters(0), _batches(run, 0), states=_states(run, 0))
+    surface.loss(run.parameters(0), _batches(run, 0), states=_states(run, 0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -209,7 +209,7 @@ def test_batch_normalisation_uses_the_statistics_of_the_batch_and_keeps_its_buff
     for t in run.steps:
         surface.hold(run.buffers(t))
         before = {name: buffer.clone() for name, buffer in held.named_buffers()}
-        found = surface.evaluate(run.parameters(t), _batches(run, t), _states(run, t))
+        found = surface.evaluate(run.parameters(t), _batches(run, t), states=_states(run, t))
         expected = dict(zip([name for name, _ in held.named_parameters()], seen[t], strict=True))
         assert found.gradient.keys() == expected.keys()
         for name, gradient in found.gradient.items():
@@ -262,13 +262,13 @@ def test_buffers_and_mode_come_back_also_when_replaced_or_when_the_pass_fails() 
     buffer = dict(model.named_buffers())["passes"]
     theta = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     batch, states = workload.batch([0, 1], split="train", epoch=1), [{"rng_cpu": torch.get_rng_state()}]
-    surface.evaluate(theta, [batch], states)
+    surface.evaluate(theta, [batch], states=states)
     assert dict(model.named_buffers())["passes"] is buffer
     assert buffer == 0
     model.fails = True
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError):
-        surface.evaluate(theta, [batch], states)
+        surface.evaluate(theta, [batch], states=states)
     assert buffer == 0
     assert not model.training
     assert torch.equal(torch.get_rng_state(), before)

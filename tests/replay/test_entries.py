@@ -20,6 +20,7 @@ from recorder.errors import FormatError
 from recorder.table import Parameter
 from recorder.tensorfile import TensorFile
 from replay import entries, work
+from replay.allocate import Allocation
 from replay.entries import EntryFolder
 from replay.settings import Settings
 from replay.shards import ShardFolder
@@ -224,14 +225,16 @@ def sums(tmp_path: Path) -> EntryFolder:
     return EntryFolder(folder, [(1, 2 * PIECES)], [(0, 2 * PIECES)], lambda start, stop: [(1, start, stop)])
 
 
+def _lca(t: int, shape: tuple[int, ...] = (5, 3)) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+
+
 def _compute(folder: EntryFolder, chunk: int) -> None:
     collector = folder.collect(2 * chunk, 2 * chunk + 2)
     for t in (2 * chunk, 2 * chunk + 1):
-        if collector.takes(t):
-            for name, shape in (("w", (5, 3)), ("b", ())):
-                generator = torch.Generator().manual_seed(t)
-                collector.add(name, torch.randn(shape, dtype=torch.float64, generator=generator))
-        collector.close(t)
+        lca = {"w": _lca(t), "b": _lca(t, ())}
+        one = {name: torch.ones_like(entries) for name, entries in lca.items()}
+        collector.add(t, Allocation(gradient=lca, delta=one, loss_start=1.0, loss_end=0.0, evaluations=3, end=None))
 
 
 def _content(folder: EntryFolder) -> dict[str, bytes]:
@@ -256,7 +259,7 @@ def test_the_order_in_which_chunks_come_changes_no_bit(
     assert list(_content(sums)) == [path.name]
     total = torch.zeros((5, 3), dtype=torch.float64)
     for piece in ([1], *([2 * chunk, 2 * chunk + 1] for chunk in range(1, PIECES))):
-        parts = [torch.randn((5, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(t)) for t in piece]
+        parts = [_lca(t) for t in piece]
         total = total + (parts[0] + parts[1] if len(parts) == 2 else parts[0])
     assert torch.equal(load_file(path)["w"], total)
 

@@ -243,8 +243,13 @@ def test_a_dry_run_writes_no_shard_and_foretells_evaluations_and_bytes(
         for folder in found
         for start, stop in folder.finished()
         for shard in [folder.read(start, stop)]
-        for arrays in (shard.per_step, *shard.per_unit.values(), *shard.per_parameter.values())
+        for arrays in (shard.per_step, *shard.per_unit.values(), *shard.per_parameter.values(), shard.spread)
         for array in arrays.values()
+    ) + sum(
+        counts.nbytes
+        for folder in found
+        for start, stop in folder.finished()
+        if (counts := folder.read(start, stop).counts) is not None
     )
     assert written == sum(foretold_bytes) > 50_000
     assert foretold[2] == f"{written / 1e6:.1f}"
