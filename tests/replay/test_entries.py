@@ -26,6 +26,7 @@ from replay.settings import Settings
 from replay.shards import ShardFolder
 from tests import cases
 from tests.replay.test_brute_force import STEPS, TARGET, brute_force, record_for_brute_force
+from tests.replay.variants import record
 
 Command = Callable[..., int]
 Find = Callable[[Path, str], ShardFolder]
@@ -104,17 +105,19 @@ def test_the_files_are_named_among_the_results_and_in_the_json(run: Path, replay
 
 
 @pytest.mark.cluster
-def test_two_processes_give_the_bytes_of_one(run: Path, replay: Command) -> None:
-    chosen = ["--chunk", "1", "--per-parameter", "0:1,1:6"]
+def test_two_processes_give_the_bytes_of_one_also_with_dropout_as_recorded(tmp_path: Path, replay: Command) -> None:
+    run = tmp_path
+    record(run, steps=6)
+    chosen = ["--chunk", "1", "--per-parameter", "0:1,1:6", "--dropout", "recorded"]
     command = [sys.executable, "-m", "replay", "--run", str(run), "--workload", "recorded", "--loss-data", "batch"]
     answer = subprocess.run([*command, *chosen, "--workers", "2"], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
-    by_two = _entries(run)
-    assert len(by_two) == 2
+    by_two = {path: path.read_bytes() for path in run.rglob("shards/*/*")}
+    assert len(by_two) == 1 + 6 + 2
     for path in run.rglob("shards/*/*.safetensors"):
         path.unlink()
     assert replay(run, *chosen) == 0
-    assert _entries(run) == by_two
+    assert {path: path.read_bytes() for path in run.rglob("shards/*/*")} == by_two
 
 
 def test_after_an_interruption_the_bytes_are_those_of_a_replay_at_once(
