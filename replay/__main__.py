@@ -187,12 +187,16 @@ def _say_dropout(opened: Replayer) -> str:
 def _check_recipe(opened: Replayer, tasks: Sequence[Task]) -> list[str]:
     # Only of what is to be computed: a rerun that finds everything done has nothing to check.
     wanted = {name for task in tasks for name in task.loss_data}
-    names = [name for name in opened.loss_data if name in wanted]
+    names = list(dict.fromkeys(part for name in opened.loss_data if name in wanted for part in opened.evaluated(name)))
     if not names:
         return []
-    recorded = [name for name in names if opened.dropout_of(name) == dropout.RECORDED]
-    text, evaluations = check_two_passes(opened.run, names, opened.evaluate, recorded=recorded)
-    return [text, *(check_recorded_loss(opened.run, evaluations[name], opened.precision) for name in recorded)]
+    compared = []
+    for name in names:
+        recorded = opened.dropout_of(name) == dropout.RECORDED
+        evaluation = check_two_passes(opened.run, name, opened.evaluate, recorded=recorded)
+        if recorded:
+            compared.append(check_recorded_loss(opened.run, evaluation, opened.precision))
+    return [f"two passes over step {opened.run.steps[0]} on {', '.join(names)} agree bit for bit", *compared]
 
 
 def _run_tasks(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receipt]:
@@ -226,10 +230,11 @@ def _replay(options: argparse.Namespace) -> int:
         evaluations = sum(opened.evaluations(task) for task in tasks)
         free = shutil.disk_usage(run.path).free
         written = sum(opened.bytes_written(task) for task in tasks)
+        kept = sum(of_entries.bytes_to_come for of_entries in opened.entries.values())
         least = "at least " if isinstance(opened.rule, AdaptiveRule) else ""
         commandline.say(
-            f"dry run: {least}{evaluations} gradient evaluations, {written / 1e6:.1f} MB to write "
-            f"({free / 1e9:.1f} GB free)"
+            f"dry run: {least}{evaluations} gradient evaluations, {written / 1e6:.1f} MB to write"
+            f"{f' and {kept / 1e6:.1f} MB of single entries' if kept else ''} ({free / 1e9:.1f} GB free)"
         )
         return commandline.DONE
     for of_entries in opened.entries.values():

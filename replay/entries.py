@@ -217,6 +217,11 @@ class EntryFolder:
         """
         return [self.file(window) for window in self._pieces if self.file(window).exists()]
 
+    @property
+    def bytes_to_come(self) -> int:
+        """Bytes of the windows' sums that are not there yet, without their headers and their parts."""
+        return len(self.unfinished()) * 8 * sum(parameter.size for parameter in self._folder.trained)
+
     def unfinished(self) -> list[tuple[Range, int, int]]:
         """List the windows that still lack steps.
 

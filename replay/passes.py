@@ -7,14 +7,14 @@ dropout as recorded, the loss at the start of a step is the one that the trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from recorder.errors import MismatchError
 from replay.repetition import sixteen_bit_dtype
-from replay.selfcheck import loss_tolerance, same
+from replay.selfcheck import LOSS_TOLERANCE, same
 
 if TYPE_CHECKING:
     from recorder.runformat import Run
@@ -75,40 +75,33 @@ def check_table(run: Run, shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def check_two_passes(
-    run: Run, names: Iterable[str], evaluate: Callable[[int, str], Evaluation], *, recorded: Iterable[str] = ()
-) -> tuple[str, dict[str, Evaluation]]:
+    run: Run, name: str, evaluate: Callable[[int, str], Evaluation], *, recorded: bool = False
+) -> Evaluation:
     """Compute loss and gradient twice at the start of the first recorded step, and compare them bit for bit.
-
-    A `MismatchError` tells by how much they differ, and for which parameter most.
 
     Parameters
     ----------
     run
         The run.
-    names
+    name
         The loss data.
     evaluate
         Loss and gradient at the start of a step, on a loss data.
     recorded
-        Those of them that are measured with dropout as recorded.
+        Whether it is measured with dropout as recorded.
 
     Returns
     -------
-    text : str
-        One sentence for the user.
-    evaluations : dict
-        Loss data to loss and gradient.
+    Evaluation
+        Loss and gradient.
+
+    Raises
+    ------
+    MismatchError
+        If they differ: by how much, and for which parameter most.
     """
     t = run.steps[0]
-    evaluations = {}
-    for name in names:
-        first, second = evaluate(t, name), evaluate(t, name)
-        _compare(f"{run.path}: self-check, two passes", t, name, first, second, drawn=name in recorded)
-        evaluations[name] = first
-    return f"two passes over step {t} on {', '.join(evaluations)} agree bit for bit", evaluations
-
-
-def _compare(where: str, t: int, name: str, first: Evaluation, second: Evaluation, *, drawn: bool) -> None:
+    first, second = evaluate(t, name), evaluate(t, name)
     pairs = {
         parameter: (_of(first, parameter, second), _of(second, parameter, first))
         for parameter in dict.fromkeys((*first.gradient, *second.gradient))
@@ -116,7 +109,7 @@ def _compare(where: str, t: int, name: str, first: Evaluation, second: Evaluatio
     different = [parameter for parameter, (left, right) in pairs.items() if not same(left, right)]
     same_loss = first.loss == second.loss or (math.isnan(first.loss) and math.isnan(second.loss))
     if same_loss and not different:
-        return
+        return first
     of_gradient = ""
     if different:
         errors = {parameter: _norm(pairs[parameter][1].double() - pairs[parameter][0]) for parameter in different}
@@ -128,10 +121,10 @@ def _compare(where: str, t: int, name: str, first: Evaluation, second: Evaluatio
             f"most of all that of {worst!r}"
         )
     message = (
-        f"{where}: computed twice, the loss on {name} at the start of step {t} is {first.loss!r} and {second.loss!r} "
-        f"nats, and the same was expected; they differ by {abs(second.loss - first.loss):.3g}{of_gradient}. A rerun "
+        f"{run.path}: self-check, two passes: computed twice, the loss on {name} at the start of step {t} is "
+        f"{first.loss!r} and {second.loss!r} nats, and the same was expected; they differ by {abs(second.loss - first.loss):.3g}{of_gradient}. A rerun "
         "would give other shards. Likely causes: "
-        f"{_CAUSES_RECORDED if drawn else _CAUSES_OFF}; {_CAUSES_KERNELS}"
+        f"{_CAUSES_RECORDED if recorded else _CAUSES_OFF}; {_CAUSES_KERNELS}"
     )
     raise MismatchError(message)
 
@@ -174,7 +167,9 @@ def check_recorded_loss(run: Run, evaluation: Evaluation, precision: Precision) 
     measured = sum(loss_sum for loss_sum in sums if loss_sum is not None) / step.predictions
     difference = abs(evaluation.loss - measured)
     coarsest = precision.autocast or sixteen_bit_dtype(run.manifest)
-    allowed = loss_tolerance(measured, coarsest) * abs(measured)
+    # Other numbers than those of a training in 16 bit: every activation rounds differently, not the loss alone.
+    relative = LOSS_TOLERANCE if coarsest is None else 2 * torch.finfo(coarsest).eps
+    allowed = relative * abs(measured)
     both_nan = math.isnan(evaluation.loss) and math.isnan(measured)
     if not (both_nan or evaluation.loss == measured or difference <= allowed):
         message = (
@@ -185,5 +180,6 @@ def check_recorded_loss(run: Run, evaluation: Evaluation, precision: Precision) 
             "changed. Replay in the training's recipe, or pass --dropout off"
         )
         raise MismatchError(message)
-    how = "bit for bit" if evaluation.loss == measured else "within rounding"
+    rounding = "" if coarsest is None else f" of {str(coarsest).removeprefix('torch.')}"
+    how = "bit for bit" if evaluation.loss == measured else f"within rounding{rounding}"
     return f"with dropout as recorded the loss of step {step.step} is the training's {how}"

@@ -181,22 +181,8 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def loss_tolerance(loss_sum: float, sixteen_bit: torch.dtype | None) -> float:
-    """Say how far a loss computed again may lie from the recorded one.
-
-    Parameters
-    ----------
-    loss_sum
-        The recorded loss.
-    sixteen_bit
-        The coarsest dtype that it was computed in; None for float32 and float64.
-
-    Returns
-    -------
-    float
-        Relative to the loss.
-    """
-    # A loss that is itself a 16-bit number can round to the next one or the one after; float32 losses of
+def _loss_tolerance(loss_sum: float, sixteen_bit: torch.dtype | None) -> float:
+    # Relative. A loss that is itself a 16-bit number can round to the next one or the one after; float32 losses of
     # 16-bit logits differed by 1e-5, far less than a quarter of the logits' own rounding.
     if sixteen_bit is None:
         return LOSS_TOLERANCE
@@ -229,7 +215,7 @@ def _compare_losses(
         if loss_sum == micro_batch.loss_sum or (math.isnan(loss_sum) and math.isnan(micro_batch.loss_sum)):
             continue
         difference = abs(loss_sum - micro_batch.loss_sum)
-        relative = 0.0 if exactly else loss_tolerance(micro_batch.loss_sum, sixteen_bit)
+        relative = 0.0 if exactly else _loss_tolerance(micro_batch.loss_sum, sixteen_bit)
         tolerance = relative * abs(micro_batch.loss_sum)
         if not (math.isfinite(difference) and difference <= tolerance):
             message = (

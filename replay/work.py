@@ -295,10 +295,22 @@ class Replayer:
         # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
         shared = self.rule.starts_at_start and self.rule.ends_at_end and not self._held
         saved = steps - 1 if shared else 0
-        evaluated = {part for name in task.loss_data for part in self._evaluated(name)}
+        evaluated = {part for name in task.loss_data for part in self.evaluated(name)}
         return sum(nodes * steps - (saved if self.loss_data[name].fixed else 0) for name in evaluated)
 
-    def _evaluated(self, name: str) -> list[str]:
+    def evaluated(self, name: str) -> list[str]:
+        """List the loss data that are evaluated for one: itself, or its groups.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+
+        Returns
+        -------
+        list of str
+            Names.
+        """
         data = self.loss_data[name]
         return [part.name for part in data.parts] if isinstance(data, Grouped) else [name]
 

@@ -196,10 +196,14 @@ def test_a_gap_in_the_record_is_left_out_of_a_window_and_the_file_says_which_ste
     }
 
 
-def test_a_wrong_window_is_wrong_usage_and_a_dry_run_sums_nothing(run: Path, replay: Command, capsys: Captured) -> None:
+def test_a_wrong_window_is_wrong_usage_and_a_dry_run_says_how_large_the_entries_will_be(
+    run: Path, replay: Command, capsys: Captured
+) -> None:
     assert replay(run, "--per-parameter", "0:7") == 2
     assert "--per-parameter 0:7: expected a window of recorded steps" in capsys.readouterr().err
     assert replay(run, "--per-parameter", "all", "--dry-run") == 0
+    size = sum(tensor.numel() for tensor in cases.workload().model().parameters())
+    assert f" MB to write and {8 * size / 1e6:.1f} MB of single entries (" in capsys.readouterr().err
     assert not _entries(run)
 
 
