@@ -171,7 +171,9 @@ def _remove_stale(run: Run, opened: Replayer) -> None:
     stale = [(folder, entry) for folder in opened.folders.values() for entry in folder.stale(run.attempts_within)]
     for folder, (start, stop) in stale:
         folder.remove(start, stop)
-    sums = sum(entries.remove_stale(folder.path, run.attempts_within) for folder in opened.folders.values())
+    sums = sum(
+        entries.remove_stale(folder.path, run.consecutive, run.attempts_within) for folder in opened.folders.values()
+    )
     if sums:
         commandline.say(f"{run.path}: {sums} files of entries summed over steps that were recorded anew are removed")
     if stale:

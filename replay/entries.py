@@ -10,6 +10,7 @@ on the disk always says how far the sum has got: an interruption changes no bit 
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,17 +84,27 @@ class EntryFolder:
         steps = f"{covered[0][0]:08d}-{covered[-1][1]:08d}"
         return self._folder.path / f"entries-{window[0]:08d}-{window[1]:08d}.part-{steps}.safetensors"
 
-    def _summed(self, window: Range) -> int:
-        # How many of the window's first pieces are in one sum on the disk.
+    def _there(self) -> dict[Range, set[Range]]:
+        # For every window the steps of what is on the disk; one look at the folder, for that may be far away.
+        there: dict[Range, set[Range]] = {window: set() for window in self._pieces}
+        for _, window, steps in _files(self._folder.path):
+            if window in there:
+                there[window].add(steps or window)
+        return there
+
+    def _summed(self, window: Range, there: set[Range]) -> int:
+        # How many of the window's first pieces are in one sum.
         own = self._pieces[window]
         if self.file(window).exists():
             return len(own)
-        return next((n for n in range(len(own), 0, -1) if self._part(window, own[:n]).exists()), 0)
+        ends = {last: number for number, (_, last) in enumerate(own, start=1)}
+        return max((ends.get(last, 0) for first, last in there if first == own[0][0]), default=0)
 
-    def _wanted(self) -> Iterator[tuple[Range, Range]]:
-        for window, own in self._pieces.items():
-            for piece in own[self._summed(window) :]:
-                yield window, piece
+    def _wanted(self) -> Iterator[tuple[Range, Range, bool]]:
+        # Pieces that are in no sum yet, and whether their part is there.
+        for window, there in self._there().items():
+            for piece in self._pieces[window][self._summed(window, there) :]:
+                yield window, piece, piece in there
 
     def missing(self) -> set[Range]:
         """List the chunks of which a window still lacks its part.
@@ -103,11 +114,11 @@ class EntryFolder:
         set of (int, int)
             Start and stop of each.
         """
-        absent = [piece for window, piece in self._wanted() if not self._part(window, [piece]).exists()]
+        absent = sorted(piece[0] for _, piece, there in self._wanted() if not there)
         return {
             (start, stop)
             for start, stop in chunks(self._recorded, self._chunk)
-            if any(start <= piece[0] < stop for piece in absent)
+            if bisect.bisect_left(absent, start) < bisect.bisect_left(absent, stop)
         }
 
     def collect(self, start: int, stop: int) -> Collector:
@@ -123,7 +134,7 @@ class EntryFolder:
         Collector
             To be given every step of it.
         """
-        wanted = [(window, piece) for window, piece in self._wanted() if start <= piece[0] < stop]
+        wanted = [(window, piece) for window, piece, _ in self._wanted() if start <= piece[0] < stop]
         return Collector(wanted, self._write_part)
 
     def _write_part(self, window: Range, piece: Range, sums: Mapping[str, Any]) -> None:
@@ -148,10 +159,11 @@ class EntryFolder:
 
         By one process only.
         """
-        for window, own in self._pieces.items():
-            done = stop = self._summed(window)
+        for window, there in self._there().items():
+            own = self._pieces[window]
+            done = stop = self._summed(window, there)
             if not self.file(window).exists():
-                while stop < len(own) and self._part(window, [own[stop]]).exists():
+                while stop < len(own) and own[stop] in there:
                     stop += 1
                 complete = stop == len(own)
                 if complete or stop - done >= PARTS_AT_ONCE:
@@ -187,8 +199,8 @@ class EntryFolder:
         keep = {self._part(window, [piece]) for piece in own[keep_from:]}
         if keep_from and not self.file(window).exists():
             keep.add(self._part(window, own[:keep_from]))
-        for path, name in _files(self._folder.path):
-            if name[2] is not None and (int(name[0]), int(name[1])) == window and path not in keep:
+        for path, of_window, steps in _files(self._folder.path):
+            if of_window == window and steps is not None and path not in keep:
                 path.unlink(missing_ok=True)
 
     def remove_sums_of(self, steps: Iterable[Range]) -> None:
@@ -202,9 +214,8 @@ class EntryFolder:
         again = tuple(steps)
         for window in self._pieces:
             if any(start < window[1] and window[0] < stop for start, stop in again):
-                self.file(window).unlink(missing_ok=True)
-                for path, name in _files(self._folder.path):
-                    if (int(name[0]), int(name[1])) == window:
+                for path, of_window, _ in _files(self._folder.path):
+                    if of_window == window:
                         path.unlink(missing_ok=True)
 
     def finished(self) -> list[Path]:
@@ -231,11 +242,11 @@ class EntryFolder:
             The window, how many chunks it has of it, and of how many.
         """
         found = []
-        for window, own in self._pieces.items():
+        for window, there in self._there().items():
             if not self.file(window).exists():
-                done = self._summed(window)
-                there = done + sum(self._part(window, [piece]).exists() for piece in own[done:])
-                found.append((window, there, len(own)))
+                own = self._pieces[window]
+                done = self._summed(window, there)
+                found.append((window, done + sum(piece in there for piece in own[done:]), len(own)))
         return found
 
 
@@ -279,13 +290,15 @@ class Collector:
             self._sums = {}
 
 
-def remove_stale(folder: Path, attempts_within: Callable[[int, int], Attempts]) -> int:
-    """Remove the sums and parts of steps that the run has recorded anew since.
+def remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Callable[[int, int], Attempts]) -> int:
+    """Remove the sums and parts of steps that the run has recorded anew since, or of which it has recorded more.
 
     Parameters
     ----------
     folder
         A folder of shards.
+    recorded
+        Start and stop of consecutive recorded steps, as the run is now.
     attempts_within
         Which attempts recorded a range of steps, as the run is now.
 
@@ -295,9 +308,10 @@ def remove_stale(folder: Path, attempts_within: Callable[[int, int], Attempts]) 
         How many files.
     """
     stale = []
-    for path, _ in _files(folder):
+    for path, window, steps in _files(folder):
         facts = tensorfile.TensorFile(path).facts
-        if facts["attempts"] != _attempts_of(facts["steps"], attempts_within):
+        now = joined_ranges(pieces(steps or window, recorded, length=1))
+        if (facts["steps"], facts["attempts"]) != ([list(entry) for entry in now], _attempts_of(now, attempts_within)):
             stale.append(path)
     for path in stale:
         path.unlink(missing_ok=True)
@@ -308,6 +322,10 @@ def _attempts_of(steps: Iterable[Sequence[int]], attempts_within: Callable[[int,
     return [list(entry) for start, stop in steps for entry in attempts_within(start, stop)]
 
 
-def _files(folder: Path) -> list[tuple[Path, tuple[str, str, str | None, str | None]]]:
-    matches = [(path, _NAME.fullmatch(path.name)) for path in sorted(folder.iterdir())]
-    return [(path, (match[1], match[2], match[3], match[4])) for path, match in matches if match]
+def _files(folder: Path) -> Iterator[tuple[Path, Range, Range | None]]:
+    # Every sum and part, with its window, and the steps of a part.
+    for path in sorted(folder.iterdir()):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            part = None if match[3] is None else (int(match[3]), int(match[4]))
+            yield path, (int(match[1]), int(match[2])), part

@@ -122,8 +122,8 @@ def check_two_passes(
         )
     message = (
         f"{run.path}: self-check, two passes: computed twice, the loss on {name} at the start of step {t} is "
-        f"{first.loss!r} and {second.loss!r} nats, and the same was expected; they differ by {abs(second.loss - first.loss):.3g}{of_gradient}. A rerun "
-        "would give other shards. Likely causes: "
+        f"{first.loss!r} and {second.loss!r} nats, and the same was expected; they differ by "
+        f"{abs(second.loss - first.loss):.3g}{of_gradient}. A rerun would give other shards. Likely causes: "
         f"{_CAUSES_RECORDED if recorded else _CAUSES_OFF}; {_CAUSES_KERNELS}"
     )
     raise MismatchError(message)

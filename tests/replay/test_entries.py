@@ -353,16 +353,35 @@ def test_sums_of_steps_that_were_recorded_anew_are_removed(sums: EntryFolder) ->
     for chunk in range(PIECES):
         _compute(sums, chunk)
     folder = sums.file((0, 1)).parent
-    assert entries.remove_stale(folder, lambda start, stop: [(1, start, stop)]) == 0
+    assert entries.remove_stale(folder, [(0, 14)], lambda start, stop: [(1, start, stop)]) == 0
     again = [(1, 0, 6), (2, 6, 14)]
 
     def attempts_within(start: int, stop: int) -> list[tuple[int, int, int]]:
         cut = [(number, max(start, first), min(stop, last)) for number, first, last in again]
         return [entry for entry in cut if entry[1] < entry[2]]
 
-    assert entries.remove_stale(folder, attempts_within) == 4
+    assert entries.remove_stale(folder, [(0, 14)], attempts_within) == 4
     assert [name.rpartition("-")[2] for name in sorted(_content(sums))] == [
         "00000002.safetensors",
         "00000004.safetensors",
         "00000006.safetensors",
     ]
+
+
+def test_a_sum_that_lacks_steps_which_the_run_now_has_is_removed(sums: EntryFolder) -> None:
+    for chunk in range(PIECES):
+        _compute(sums, chunk)
+    sums.add_up()
+    folder = sums.file((0, 1)).parent
+    with_gap = EntryFolder(
+        ShardFolder.open(folder), [(0, 14)], [(0, 4), (6, 14)], lambda start, stop: [(1, start, stop)]
+    )
+    for chunk in (0, 1, 3, 4, 5, 6):
+        _compute(with_gap, chunk)
+    with_gap.add_up()
+    assert with_gap.unfinished() == []
+    attempts = lambda start, stop: [(1, start, stop)]  # noqa: E731
+    assert entries.remove_stale(folder, [(0, 4), (6, 14)], attempts) == 1  # that of the fixture, without the gap
+    assert [path.name for path in with_gap.finished()] == ["entries-00000000-00000014.safetensors"]
+    assert entries.remove_stale(folder, [(0, 14)], attempts) == 1
+    assert not _content(sums)
