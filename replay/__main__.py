@@ -134,7 +134,7 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
         workload=options.workload,
         data=None if options.data is None else str(Path(options.data).resolve()),
         dropout=options.dropout,
-        windows=() if options.per_parameter is None else parse_windows(options.per_parameter, run.consecutive),
+        windows=() if options.per_parameter is None else parse_windows(options.per_parameter, run.ever_recorded),
     )
 
 
@@ -172,12 +172,23 @@ def _remove_stale(run: Run, opened: Replayer) -> None:
     for folder, (start, stop) in stale:
         folder.remove(start, stop)
     sums = sum(
-        entries.remove_stale(folder.path, run.consecutive, run.attempts_within) for folder in opened.folders.values()
+        entries.remove_stale(folder.path, run.ever_recorded, run.attempts_within) for folder in opened.folders.values()
     )
     if sums:
         commandline.say(f"{run.path}: {sums} files of entries summed over steps that were recorded anew are removed")
     if stale:
         commandline.say(f"{run.path}: {len(stale)} shards of steps that were recorded anew are removed")
+
+
+def _refuse_pruned_windows(run: Run, opened: Replayer) -> None:
+    for name, of_entries in opened.entries.items():
+        lost = sorted(chunk for chunk in of_entries.missing() if not any(a <= chunk[0] < b for a, b in run.consecutive))
+        if lost:
+            message = (
+                f"--per-parameter: of {describe_ranges(lost)} the entries on {name} were not kept, and the steps were "
+                f"pruned since; ask for windows within {describe_ranges(run.consecutive)}"
+            )
+            raise UsageError(message)
 
 
 def _say_dropout(opened: Replayer) -> str:
@@ -216,6 +227,7 @@ def _replay(options: argparse.Namespace) -> int:
     if not options.dry_run:
         _remove_stale(run, opened)
     consecutive = run.consecutive
+    _refuse_pruned_windows(run, opened)
     to_do = plan(job, opened.folders, consecutive, entries=opened.entries, again=options.overwrite)
     tasks = _wanted(options.steps, to_do)
     steps = sum(task.stop - task.start for task in tasks)

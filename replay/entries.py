@@ -47,7 +47,7 @@ class EntryFolder:
     windows
         Start and stop of each window, without overlap.
     recorded
-        Start and stop of consecutive recorded steps.
+        Start and stop of consecutive recorded steps, with those that were pruned since.
     attempts_within
         Which attempts of the training recorded a range of steps.
     """
@@ -298,7 +298,7 @@ def remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Calla
     folder
         A folder of shards.
     recorded
-        Start and stop of consecutive recorded steps, as the run is now.
+        Start and stop of consecutive recorded steps, as the run is now, with those that were pruned since.
     attempts_within
         Which attempts recorded a range of steps, as the run is now.
 

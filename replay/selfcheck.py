@@ -110,9 +110,11 @@ def check_update(run: Run, workload: Workload, *, data: bool) -> Report:
         )
         exact = True
         known_parameters = False
+        # The optimizer's state is kept for the first recorded step alone.
+        pruned = any(start < first.step for start, _ in run.pruned)
         for step, update in zip(steps, updates, strict=True):
             exact &= _compare_losses(run, step, update, sixteen_bit, exactly=exactly)
-            if update.parameters and same_recipe:
+            if update.parameters and same_recipe and not pruned:
                 known_parameters = True
                 exact &= _compare_parameters(run, step, update, theta, _update_tolerance(sixteen_bit, exactly=exactly))
             theta = run.parameters(step.step + 1)
@@ -121,7 +123,8 @@ def check_update(run: Run, workload: Workload, *, data: bool) -> Report:
     if not known_losses:
         not_compared.append("losses not compared: the training did not tell them, see Recording.loss")
     if not known_parameters:
-        reason = why_not_repeatable(run.manifest) if same_recipe else "another recipe"
+        reason = "another recipe" if not same_recipe else why_not_repeatable(run.manifest)
+        reason = "the steps before were pruned, and with them the optimizer's state" if pruned else reason
         not_compared.append(f"parameters not compared: {reason}")
     rounding = "" if sixteen_bit is None else f" of {str(sixteen_bit).removeprefix('torch.')}"
     how = ", bit for bit" if exact else f" within rounding{rounding}"

@@ -155,7 +155,7 @@ class Replayer:
         self._in_groups = {part.name for data in built if isinstance(data, Grouped) for part in data.parts}
         self.folders = {name: self._folder(name) for name in self.loss_data}
         self.entries = {
-            name: EntryFolder(folder, job.windows, self.run.consecutive, self.run.attempts_within)
+            name: EntryFolder(folder, job.windows, self.run.ever_recorded, self.run.attempts_within)
             for name, folder in self.folders.items()
         }
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from recorder import durable
 from recorder.errors import FormatError
+from recorder.pruned import prune
+from recorder.runformat import Run
 from recorder.table import Parameter
 from recorder.tensorfile import TensorFile
 from replay import entries, work
@@ -205,6 +207,26 @@ def test_a_wrong_window_is_wrong_usage_and_a_dry_run_says_how_large_the_entries_
     size = sum(tensor.numel() for tensor in cases.workload().model().parameters())
     assert f" MB to write and {8 * size / 1e6:.1f} MB of single entries (" in capsys.readouterr().err
     assert not _entries(run)
+
+
+def test_sums_outlive_the_pruning_of_their_steps_and_new_ones_of_these_are_refused(
+    run: Path, replay: Command, capsys: Captured
+) -> None:
+    chosen = ("--chunk", "3", "--per-parameter", "0:5")
+    assert replay(run, *chosen) == 0
+    before = _entries(run)
+    prune(run, Run(run).files_of(0, 3))
+    assert Run(run).consecutive == [(3, 6)]
+    work.replayer.cache_clear()
+    assert replay(run, *chosen) == 0
+    assert _entries(run) == before
+    assert replay(run, "--chunk", "3", "--per-parameter", "4:6") == 0
+    assert before.items() < _entries(run).items()
+    assert replay(run, "--chunk", "3", "--per-parameter", "1:6") == 2
+    assert (
+        "--per-parameter: of steps 0-2 the entries on batch were not kept, and the steps were pruned since; ask for "
+        "windows within steps 3-5"
+    ) in capsys.readouterr().err
 
 
 # The sums alone, without a replay.
