@@ -20,7 +20,7 @@ from recorder.recovery import recover
 from recorder.runformat import Run
 from replay import dropout, entries, lossdata
 from replay.chunks import parse_windows
-from replay.passes import check_recorded_loss, check_table, check_two_passes
+from replay.passes import check_recipe, check_table
 from replay.precision import PRECISIONS
 from replay.progress import with_progress
 from replay.quadrature import ADAPTIVE, RULES, AdaptiveRule
@@ -180,36 +180,10 @@ def _remove_stale(run: Run, opened: Replayer) -> None:
         commandline.say(f"{run.path}: {len(stale)} shards of steps that were recorded anew are removed")
 
 
-def _refuse_pruned_windows(run: Run, opened: Replayer) -> None:
-    for name, of_entries in opened.entries.items():
-        lost = sorted(chunk for chunk in of_entries.missing() if not any(a <= chunk[0] < b for a, b in run.consecutive))
-        if lost:
-            message = (
-                f"--per-parameter: of {describe_ranges(lost)} the entries on {name} were not kept, and the steps were "
-                f"pruned since; ask for windows within {describe_ranges(run.consecutive)}"
-            )
-            raise UsageError(message)
-
-
 def _say_dropout(opened: Replayer) -> str:
     off = [name for name in opened.loss_data if opened.dropout_of(name) == dropout.OFF]
     recorded = [name for name in opened.loss_data if name not in off]
     return f"dropout as recorded on {', '.join(recorded)}" + (f", off on {', '.join(off)}" if off else "")
-
-
-def _check_recipe(opened: Replayer, tasks: Sequence[Task]) -> list[str]:
-    # Only of what is to be computed: a rerun that finds everything done has nothing to check.
-    wanted = {name for task in tasks for name in task.loss_data}
-    names = list(dict.fromkeys(part for name in opened.loss_data if name in wanted for part in opened.evaluated(name)))
-    if not names:
-        return []
-    compared = []
-    for name in names:
-        recorded = opened.dropout_of(name) == dropout.RECORDED
-        evaluation = check_two_passes(opened.run, name, opened.evaluate, recorded=recorded)
-        if recorded:
-            compared.append(check_recorded_loss(opened.run, evaluation, opened.precision))
-    return [f"two passes over step {opened.run.steps[0]} on {', '.join(names)} agree bit for bit", *compared]
 
 
 def _run_tasks(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receipt]:
@@ -227,7 +201,8 @@ def _replay(options: argparse.Namespace) -> int:
     if not options.dry_run:
         _remove_stale(run, opened)
     consecutive = run.consecutive
-    _refuse_pruned_windows(run, opened)
+    for of_entries in opened.entries.values():
+        of_entries.refuse_pruned(consecutive)
     to_do = plan(job, opened.folders, consecutive, entries=opened.entries, again=options.overwrite)
     tasks = _wanted(options.steps, to_do)
     steps = sum(task.stop - task.start for task in tasks)
@@ -239,7 +214,9 @@ def _replay(options: argparse.Namespace) -> int:
     if options.dropout == dropout.RECORDED:
         commandline.say(f"{run.path}: {_say_dropout(opened)}")
     report = check_update(run, opened.workload, data=opened.collates)
-    commandline.say(f"self-check: {'; '.join([report.text, *_check_recipe(opened, tasks)])}")
+    # Only of what is to be computed: a rerun that finds everything done has nothing to check.
+    work_on = {name for task in tasks for name in task.loss_data}
+    commandline.say(f"self-check: {'; '.join([report.text, *check_recipe(opened, work_on)])}")
     if options.dry_run:
         evaluations = sum(opened.evaluations(task) for task in tasks)
         free = shutil.disk_usage(run.path).free

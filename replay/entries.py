@@ -16,20 +16,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from recorder import tensorfile
-from recorder.errors import FormatError
-from recorder.ranges import joined_ranges
+from recorder.errors import FormatError, UsageError
+from recorder.ranges import describe_ranges, joined_ranges
 from replay.chunks import Range, chunks, pieces
+from replay.collector import Collector
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    import torch
 
-    from replay.allocate import Allocation
     from replay.shards import Attempts, ShardFolder
 
 FORMAT = "lossledger-entries"
 VERSION = 1
+LOCK_FILE = ".entries-lock"
 
 PARTS_AT_ONCE = 8
 """Every addition writes a file as large as the model in float64: it waits for so many parts, or for the last one."""
@@ -157,8 +159,13 @@ class EntryFolder:
     def add_up(self) -> None:
         """Add the parts that are next in the order of steps to the sums of their windows, and remove them.
 
-        By one process only.
+        By one process at a time: another one waits.
         """
+        if self._pieces:
+            with _alone(self._folder.path):
+                self._add_up()
+
+    def _add_up(self) -> None:
         for window, there in self._there().items():
             own = self._pieces[window]
             done = stop = self._summed(window, there)
@@ -202,6 +209,27 @@ class EntryFolder:
         for path, of_window, steps in _files(self._folder.path):
             if of_window == window and steps is not None and path not in keep:
                 path.unlink(missing_ok=True)
+
+    def refuse_pruned(self, recorded: Sequence[Range]) -> None:
+        """Make sure that what the windows lack can still be computed.
+
+        Parameters
+        ----------
+        recorded
+            Start and stop of consecutive recorded steps that were not pruned.
+
+        Raises
+        ------
+        UsageError
+            If steps were pruned before their entries were kept.
+        """
+        lost = sorted(chunk for chunk in self.missing() if not any(a <= chunk[0] < b for a, b in recorded))
+        if lost:
+            message = (
+                f"--per-parameter: of {describe_ranges(lost)} the entries on {self._folder.settings.loss_data} were "
+                f"not kept, and the steps were pruned since; ask for windows within {describe_ranges(recorded)}"
+            )
+            raise UsageError(message)
 
     def remove_sums_of(self, steps: Iterable[Range]) -> None:
         """Remove the sums and parts of every window that has one of some steps: they are computed again.
@@ -250,46 +278,6 @@ class EntryFolder:
         return found
 
 
-class Collector:
-    """Adds up the entries of one chunk's steps, window by window.
-
-    Parameters
-    ----------
-    wanted
-        The window and the steps of each part, in the order of steps.
-    write
-        Called with window, steps and sums of each part that is complete.
-    """
-
-    def __init__(
-        self, wanted: Sequence[tuple[Range, Range]], write: Callable[[Range, Range, dict[str, torch.Tensor]], None]
-    ) -> None:
-        self._wanted = list(wanted)
-        self._write = write
-        self._sums: dict[str, torch.Tensor] = {}
-
-    def add(self, t: int, allocation: Allocation) -> None:
-        """Add the entries of a step, if it is in a window; what is complete with it is written.
-
-        Parameters
-        ----------
-        t
-            The step.
-        allocation
-            Its ledger.
-        """
-        if not any(start <= t < stop for _, (start, stop) in self._wanted):
-            return
-        for name in allocation.gradient:
-            lca = allocation.lca(name)
-            self._sums[name] = self._sums[name].add_(lca) if name in self._sums else lca
-        window, (_, stop) = self._wanted[0]
-        if stop == t + 1:
-            _, piece = self._wanted.pop(0)
-            self._write(window, piece, {name: entries.cpu() for name, entries in self._sums.items()})
-            self._sums = {}
-
-
 def remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Callable[[int, int], Attempts]) -> int:
     """Remove the sums and parts of steps that the run has recorded anew since, or of which it has recorded more.
 
@@ -307,6 +295,13 @@ def remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Calla
     int
         How many files.
     """
+    if next(_files(folder), None) is None:
+        return 0
+    with _alone(folder):
+        return _remove_stale(folder, recorded, attempts_within)
+
+
+def _remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Callable[[int, int], Attempts]) -> int:
     stale = []
     for path, window, steps in _files(folder):
         facts = tensorfile.TensorFile(path).facts
@@ -316,6 +311,11 @@ def remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Calla
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)
+
+
+def _alone(folder: Path) -> FileLock:
+    # Commands may work side by side in one folder; the operating system gives back what a killed one held.
+    return FileLock(folder / LOCK_FILE, is_singleton=False)
 
 
 def _attempts_of(steps: Iterable[Sequence[int]], attempts_within: Callable[[int, int], Attempts]) -> list[list[int]]:

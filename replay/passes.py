@@ -7,12 +7,13 @@ dropout as recorded, the loss at the start of a step is the one that the trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from recorder.errors import MismatchError
+from replay.dropout import RECORDED
 from replay.repetition import sixteen_bit_dtype
 from replay.selfcheck import LOSS_TOLERANCE, same
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from recorder.runformat import Run
     from replay.gradients import Evaluation
     from replay.precision import Precision
+    from replay.work import Replayer
 
 _CAUSES_OFF = (
     "a model that draws random numbers in evaluation mode (let it draw only where self.training is true); state that "
@@ -72,6 +74,36 @@ def check_table(run: Run, shapes: Mapping[str, Sequence[int]]) -> None:
         "since the training; let the workload build the model that was trained"
     )
     raise MismatchError(message)
+
+
+def check_recipe(opened: Replayer, names: Collection[str]) -> list[str]:
+    """Compute the first step twice on every loss data, and compare its dropout with the training's.
+
+    A `MismatchError` tells what differs.
+
+    Parameters
+    ----------
+    opened
+        The run, opened for replay.
+    names
+        The loss data that there is work on.
+
+    Returns
+    -------
+    list of str
+        What agreed, in sentences for the user; none where there is no work.
+    """
+    wanted = [part for name in opened.loss_data if name in names for part in opened.evaluated(name)]
+    compared = []
+    for name in dict.fromkeys(wanted):
+        recorded = opened.dropout_of(name) == RECORDED
+        evaluation = check_two_passes(opened.run, name, opened.evaluate, recorded=recorded)
+        if recorded:
+            compared.append(check_recorded_loss(opened.run, evaluation, opened.precision))
+    if not wanted:
+        return []
+    on = ", ".join(dict.fromkeys(wanted))
+    return [f"two passes over step {opened.run.steps[0]} on {on} agree bit for bit", *compared]
 
 
 def check_two_passes(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,12 @@ def test_two_processes_give_the_bytes_of_one_also_with_dropout_as_recorded(tmp_p
     command = [sys.executable, "-m", "replay", "--run", str(run), "--workload", "recorded", "--loss-data", "batch"]
     answer = subprocess.run([*command, *chosen, "--workers", "2"], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
-    by_two = {path: path.read_bytes() for path in run.rglob("shards/*/*")}
+    by_two = {path: path.read_bytes() for path in run.rglob("shards/*/[!.]*")}
     assert len(by_two) == 1 + 6 + 2
     for path in run.rglob("shards/*/*.safetensors"):
         path.unlink()
     assert replay(run, *chosen) == 0
-    assert {path: path.read_bytes() for path in run.rglob("shards/*/*")} == by_two
+    assert {path: path.read_bytes() for path in run.rglob("shards/*/[!.]*")} == by_two
 
 
 def test_after_an_interruption_the_bytes_are_those_of_a_replay_at_once(
@@ -341,6 +342,27 @@ def test_killed_at_any_rename_or_removal_the_sum_ends_with_the_same_bytes(
         work_on()
         assert _content(sums) == at_once
     assert moment > 2 * PIECES
+
+
+def test_commands_side_by_side_add_up_one_after_the_other(sums: EntryFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "PARTS_AT_ONCE", 1)
+
+    def work_on(chosen: range) -> None:
+        for chunk in chosen:
+            _compute(sums, chunk)
+            sums.add_up()
+
+    commands = [threading.Thread(target=work_on, args=(range(first, PIECES, 3),)) for first in range(3)]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join()
+    (path,) = sums.finished()
+    assert [path.name] == list(_content(sums))
+    together = path.read_bytes()
+    path.unlink()
+    work_on(range(PIECES))
+    assert path.read_bytes() == together
 
 
 def test_parts_that_nothing_needs_any_more_are_removed(sums: EntryFolder) -> None:
