@@ -6,17 +6,22 @@ Sums and counts, exactly as training normalises them: L = Σ loss sums / Σ pred
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recorder.errors import FormatError
+from replay.dropout import as_recorded
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import nn
 
     from recorder.workload import Workload
+    from replay.dropout import RandomStates
     from replay.precision import Precision
 
 
@@ -76,7 +81,9 @@ def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, 
 
 
 class LossSurface:
-    """A model as a function from parameters and micro-batches to loss and gradient, dropout off.
+    """A model as a function from parameters and micro-batches to loss and gradient.
+
+    Dropout is off, unless an evaluation is given the random states to draw it from.
 
     Parameters
     ----------
@@ -125,6 +132,11 @@ class LossSurface:
             parameter.requires_grad_(name in self._parameters)
         set_parameters({name: present[name] for name in fixed}, fixed)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every parameter of the model."""
+        return {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
+
     def hold(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Set buffers of the model, for all evaluations to come.
 
@@ -152,6 +164,8 @@ class LossSurface:
         theta: Mapping[str, torch.Tensor],
         micro_batches: Sequence[Any],
         direction: Mapping[str, torch.Tensor] | None = None,
+        *,
+        states: RandomStates | None = None,
     ) -> Evaluation:
         """Compute loss and gradient at parameters `theta`.
 
@@ -163,6 +177,9 @@ class LossSurface:
             On this surface's device.
         direction
             For every trained parameter a float64 tensor in its shape, to tell the micro-batches apart along it.
+        states
+            For every micro-batch the random states that its dropout is drawn from, in training mode; None for dropout
+            off.
 
         Returns
         -------
@@ -174,14 +191,16 @@ class LossSurface:
             parameter.grad = None
         loss_sum, counts = 0.0, []
         reached = []
-        for micro_batch in micro_batches:
-            with self.precision.forward(self.device):
-                loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(loss.detach())
-            counts.append(float(count))
-            if direction is not None:
-                reached.append(self._along(direction))
+        with self._mode(states) as draw:
+            for position, micro_batch in enumerate(micro_batches):
+                draw(position)
+                with self.precision.forward(self.device):
+                    loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss_sum += float(loss.detach())
+                counts.append(float(count))
+                if direction is not None:
+                    reached.append(self._along(direction))
         predictions = sum(counts)
         gradient = {}
         for name, parameter in self._parameters.items():
@@ -204,12 +223,14 @@ class LossSurface:
             products.append(zero if gradient is None else torch.dot(gradient.double().view(-1), entries.reshape(-1)))
         return torch.stack(products)
 
-    def loss(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> float:
+    def loss(
+        self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], *, states: RandomStates | None = None
+    ) -> float:
         """Compute the mean loss alone.
 
         Parameters
         ----------
-        theta, micro_batches
+        theta, micro_batches, states
             As for `evaluate`.
 
         Returns
@@ -219,9 +240,17 @@ class LossSurface:
         """
         set_parameters(self._parameters, theta)
         loss_sum, predictions = 0.0, 0.0
-        with torch.no_grad(), self.precision.forward(self.device):
-            for micro_batch in micro_batches:
-                loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
-                loss_sum += float(loss)
+        # Where no gradient is wanted torch may choose another attention kernel, which draws another dropout.
+        with self._mode(states) as draw, torch.set_grad_enabled(states is not None):
+            for position, micro_batch in enumerate(micro_batches):
+                draw(position)
+                with self.precision.forward(self.device):
+                    loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
+                loss_sum += float(loss.detach())
                 predictions += float(count)
         return loss_sum / predictions
+
+    def _mode(self, states: RandomStates | None) -> AbstractContextManager[Callable[[int], None]]:
+        if states is None:
+            return nullcontext(lambda position: None)
+        return as_recorded(self._model, states, self.device)

@@ -19,8 +19,10 @@ from recorder.loading import load_workload
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
-from replay import lossdata
+from replay import dropout, lossdata
 from replay.allocate import Allocation, Theta, Tolerance, allocate, by_weight
+from replay.chunks import chunks
+from replay.entries import EntryFolder
 from replay.examples import Grouped
 from replay.gradients import Evaluation, LossSurface
 from replay.precision import fitting, precision_named
@@ -60,6 +62,10 @@ class Job:
         Threads of torch in each worker.
     workload, data
         As on the command line.
+    dropout
+        ``off``, or ``recorded`` for the loss data whose examples the training saw in that order.
+    windows
+        Start and stop of the windows of steps whose LCA is kept for every entry.
     """
 
     run: str
@@ -74,6 +80,8 @@ class Job:
     threads: int
     workload: str | None
     data: str | None
+    dropout: str = dropout.OFF
+    windows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,18 +135,18 @@ class Replayer:
         self.run = Run(Path(job.run))
         self.rule = rule_named(job.rule)
         trained = self.run.manifest.trained
-        self._precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
-        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self._precision.epsilon)
+        self.precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
+        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self.precision.epsilon)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self._device = torch.device(job.device)
         self._trained = trained
         self._held = bool(self.run.manifest.buffers)
-        self._surface = LossSurface(
+        self.surface = LossSurface(
             self.workload,
             [parameter.name for parameter in self._trained],
             self.run.untrained(),
             self._device,
-            self._precision,
+            self.precision,
         )
         first = self.run.step(self.run.steps[0])
         requests = [lossdata.parse(text) for text in job.loss_data]
@@ -146,6 +154,10 @@ class Replayer:
         self.loss_data = {data.name: data for data in built}
         self._in_groups = {part.name for data in built if isinstance(data, Grouped) for part in data.parts}
         self.folders = {name: self._folder(name) for name in self.loss_data}
+        self.entries = {
+            name: EntryFolder(folder, job.windows, self.run.ever_recorded, self.run.attempts_within)
+            for name, folder in self.folders.items()
+        }
         self.on_step: Callable[[int], None] = lambda step: None
         """Called after each step of a chunk: whoever watches over this process hears that it lives."""
 
@@ -165,9 +177,9 @@ class Replayer:
             rule=self.job.rule,
             rtol=self.job.rtol,
             atol=self.job.atol,
-            dropout="off",
+            dropout=self.dropout_of(name),
             chunk=self.job.chunk,
-            recipe={**current_recipe(self._device), "dtype": self._precision.name},
+            recipe={**current_recipe(self._device), "dtype": self.precision.name},
         )
         provenance = {
             "run": dict(manifest.provenance),
@@ -176,6 +188,62 @@ class Replayer:
             "buffers": list(manifest.buffers),
         }
         return ShardFolder.create(self.run.path, settings, manifest.parameters, provenance)
+
+    def dropout_of(self, name: str) -> str:
+        """Say how a loss data is measured.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+
+        Returns
+        -------
+        str
+            ``recorded`` only on the recorded batches: to other examples no recorded random state belongs.
+        """
+        return self.job.dropout if isinstance(self.loss_data[name], RecordedBatch) else dropout.OFF
+
+    def random_states(self, name: str, step: Step) -> dropout.RandomStates | None:
+        """Return what the dropout of a step is drawn from.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+        step
+            The recorded step.
+
+        Returns
+        -------
+        sequence of mapping, or None
+            Of every micro-batch; None where dropout is off.
+        """
+        if self.dropout_of(name) == dropout.OFF:
+            return None
+        return [micro_batch.random_state for micro_batch in step.micro_batches]
+
+    def evaluate(self, t: int, name: str) -> Evaluation:
+        """Measure loss and gradient at the start of a step.
+
+        Parameters
+        ----------
+        t
+            The step.
+        name
+            The loss data.
+
+        Returns
+        -------
+        Evaluation
+            At θ_t.
+        """
+        step = self.run.step(t)
+        if self._held:
+            self.surface.hold(self.run.buffers(t))
+        return self.surface.evaluate(
+            self._theta(t), self.loss_data[name].micro_batches(step), states=self.random_states(name, step)
+        )
 
     def replay(self, task: Task) -> Receipt:
         """Allocate every step of a chunk and write one shard for each loss data.
@@ -192,16 +260,19 @@ class Replayer:
         """
         steps = range(task.start, task.stop)
         rows = {name: Rows(len(steps), self._trained, self._tolerance) for name in task.loss_data}
+        kept = {name: self.entries[name].collect(task.start, task.stop) for name in task.loss_data}
         known: dict[str, Evaluation | None] = {}
         end = self._theta(task.start)
         for t in steps:
             start, end = end, self._theta(t + 1)
             step = self.run.step(t)
             if self._held:
-                self._surface.hold(self.run.buffers(t))
+                self.surface.hold(self.run.buffers(t))
             ends = _Ends(start, end)
             for name in task.loss_data:
-                rows[name].add(step, self._allocate(step, name, ends, known))
+                allocation = self._allocate(step, name, ends, known)
+                rows[name].add(step, allocation)
+                kept[name].add(t, allocation)
             self.on_step(t)
         attempts = self.run.attempts_within(task.start, task.stop)
         files = tuple(
@@ -227,10 +298,22 @@ class Replayer:
         # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
         shared = self.rule.starts_at_start and self.rule.ends_at_end and not self._held
         saved = steps - 1 if shared else 0
-        evaluated = {part for name in task.loss_data for part in self._evaluated(name)}
+        evaluated = {part for name in task.loss_data for part in self.evaluated(name)}
         return sum(nodes * steps - (saved if self.loss_data[name].fixed else 0) for name in evaluated)
 
-    def _evaluated(self, name: str) -> list[str]:
+    def evaluated(self, name: str) -> list[str]:
+        """List the loss data that are evaluated for one: itself, or its groups.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+
+        Returns
+        -------
+        list of str
+            Names.
+        """
         data = self.loss_data[name]
         return [part.name for part in data.parts] if isinstance(data, Grouped) else [name]
 
@@ -259,7 +342,7 @@ class Replayer:
 
     def _theta(self, t: int) -> dict[str, torch.Tensor]:
         return {
-            name: self._precision.converted(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()
+            name: self.precision.converted(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()
         }
 
     def _allocate(self, step: Step, name: str, ends: _Ends, known: dict[str, Evaluation | None]) -> Allocation:
@@ -273,16 +356,17 @@ class Replayer:
             return ends.done[name]
         data = self.loss_data[name]
         micro_batches = data.micro_batches(step)
+        states = self.random_states(name, step)
 
         def along(theta: Theta, direction: Theta) -> Evaluation:
-            return self._surface.evaluate(theta, micro_batches, direction)
+            return self.surface.evaluate(theta, micro_batches, direction, states=states)
 
         allocation = allocate(
             ends.start,
             ends.end,
             self.rule,
-            evaluate=lambda theta: self._surface.evaluate(theta, micro_batches),
-            loss=lambda theta: self._surface.loss(theta, micro_batches),
+            evaluate=lambda theta: self.surface.evaluate(theta, micro_batches, states=states),
+            loss=lambda theta: self.surface.loss(theta, micro_batches, states=states),
             first=known.get(name),
             tolerance=self._tolerance,
             along=along if data.sampled else None,
@@ -338,11 +422,14 @@ def do(job: Job, task: Task) -> Receipt:
 
 
 def plan(
-    job: Job, folders: Mapping[str, ShardFolder], recorded: Sequence[tuple[int, int]], *, again: bool = False
+    job: Job,
+    folders: Mapping[str, ShardFolder],
+    recorded: Sequence[tuple[int, int]],
+    *,
+    entries: Mapping[str, EntryFolder] | None = None,
+    again: bool = False,
 ) -> list[Task]:
     """List what is still to do: chunks of consecutive recorded steps whose shard is missing.
-
-    Chunks start at multiples of the chunk length, so that they are the same whatever was done before.
 
     Parameters
     ----------
@@ -352,6 +439,8 @@ def plan(
         Loss data to its folder of shards.
     recorded
         Start and stop of consecutive recorded steps.
+    entries
+        Loss data to what it keeps of single entries: a chunk of which that is missing is done again.
     again
         List the finished chunks too.
 
@@ -361,13 +450,11 @@ def plan(
         In the order of steps.
     """
     finished = {name: set() if again else set(folder.finished()) for name, folder in folders.items()}
+    for name, of_entries in (entries or {}).items():
+        finished[name] -= of_entries.missing()
     tasks = []
-    for start, stop in recorded:
-        first = start
-        while first < stop:
-            last = min(stop, (first // job.chunk + 1) * job.chunk)
-            missing = tuple(name for name in folders if (first, last) not in finished[name])
-            if missing:
-                tasks.append(Task(start=first, stop=last, loss_data=missing))
-            first = last
+    for start, stop in chunks(recorded, job.chunk):
+        missing = tuple(name for name in folders if (start, stop) not in finished[name])
+        if missing:
+            tasks.append(Task(start=start, stop=stop, loss_data=missing))
     return tasks
