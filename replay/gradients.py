@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from recorder.workload import Workload
     from replay.precision import Precision
 
+Theta = Mapping[str, torch.Tensor]
+"""Parameter name to value."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
@@ -112,6 +115,14 @@ class LossSurface:
         for name, parameter in present.items():
             parameter.requires_grad_(name in self._parameters)
         set_parameters({name: present[name] for name in fixed}, fixed)
+        self._theta: Theta | None = None
+
+    def _stand_at(self, theta: Theta) -> None:
+        # A step begins where the one before it, on other examples, has ended.
+        if theta is not self._theta:
+            self._theta = None
+            set_parameters(self._parameters, theta)
+            self._theta = theta
 
     def hold(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Set buffers of the model, for all evaluations to come.
@@ -141,7 +152,7 @@ class LossSurface:
         Parameters
         ----------
         theta
-            Every trained parameter.
+            Every trained parameter. The same object stands for the same values.
         micro_batches
             On this surface's device.
 
@@ -150,7 +161,7 @@ class LossSurface:
         Evaluation
             Mean loss and its gradient.
         """
-        set_parameters(self._parameters, theta)
+        self._stand_at(theta)
         for parameter in self._parameters.values():
             parameter.grad = None
         loss_sum, predictions = 0.0, 0.0
@@ -180,7 +191,7 @@ class LossSurface:
         float
             In nats.
         """
-        set_parameters(self._parameters, theta)
+        self._stand_at(theta)
         loss_sum, predictions = 0.0, 0.0
         with torch.no_grad(), self.precision.forward(self.device):
             for micro_batch in micro_batches:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,15 +19,13 @@ from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
 from replay import lossdata
-from replay.allocate import Tolerance, allocate, sum_over_units
+from replay.allocate import Tolerance, allocate
 from replay.gradients import Evaluation, LossSurface
 from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
+from replay.reading import ReadAhead
 from replay.settings import Settings, digest_of_table
 from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, ShardFolder
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +127,7 @@ class Replayer:
         self._device = torch.device(job.device)
         self._trained = trained
         self._held = bool(self.run.manifest.buffers)
+        self._reader = ReadAhead(self.run, self._device, self._precision)
         self._surface = LossSurface(
             self.workload,
             [parameter.name for parameter in self._trained],
@@ -183,14 +181,11 @@ class Replayer:
         steps = range(task.start, task.stop)
         shards = {name: self._empty_shard(len(steps)) for name in task.loss_data}
         known: dict[str, Evaluation | None] = dict.fromkeys(task.loss_data)
-        end = self._theta(task.start)
-        for row, t in enumerate(steps):
-            start, end = end, self._theta(t + 1)
-            step = self.run.step(t)
+        for row, step in enumerate(self._reader.steps(task.start, task.stop)):
             if self._held:
-                self._surface.hold(self.run.buffers(t))
+                self._surface.hold(step.buffers)
             for name in task.loss_data:
-                known[name] = self._fill(shards[name], row, step, name, start, end, known[name])
+                known[name] = self._fill(shards[name], row, step.record, name, step.start, step.end, known[name])
         attempts = self.run.attempts_within(task.start, task.stop)
         files = tuple(
             str(self.folders[name].write(task.start, task.stop, shards[name], attempts)) for name in task.loss_data
@@ -234,11 +229,6 @@ class Replayer:
         of_parameters = len(self._trained) * sum(np.dtype(dtype).itemsize for dtype in PER_PARAMETER.values())
         per_step = of_units + of_parameters + sum(np.dtype(dtype).itemsize for dtype in PER_STEP.values())
         return per_step * (task.stop - task.start) * len(task.loss_data)
-
-    def _theta(self, t: int) -> dict[str, torch.Tensor]:
-        return {
-            name: self._precision.converted(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()
-        }
 
     def _empty_shard(self, steps: int) -> Shard:
         return Shard(
@@ -290,17 +280,12 @@ class Replayer:
         }
         for key, value in entries.items():
             shard.per_step[key][row] = value
-        for parameter in self._trained:
-            sums = sum_over_units(allocation.lca(parameter.name), parameter)
+        for parameter, sums in allocation.sums(self._trained).items():
             for quantity in PER_UNIT:
-                _put(shard.per_unit[quantity][parameter.name], row, getattr(sums, quantity))
-            for quantity, value in zip(PER_PARAMETER, allocation.geometry(parameter.name), strict=True):
-                shard.per_parameter[quantity][parameter.name][row] = value
+                shard.per_unit[quantity][parameter][row] = getattr(sums, quantity)
+            for quantity in PER_PARAMETER:
+                shard.per_parameter[quantity][parameter][row] = getattr(sums, quantity)
         return allocation.end if data.fixed and not self._held else None
-
-
-def _put(array: npt.NDArray[Any], row: int, values: torch.Tensor) -> None:
-    array[row] = values.cpu().numpy()
 
 
 @functools.lru_cache(maxsize=1)
