@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         "--loss-data",
         action="append",
         metavar="NAME",
-        help=f"batch, probe:N or valid:N; may be given several times (default: {' and '.join(lossdata.DEFAULT)})",
+        help="batch, probe:N, valid:N, fresh:N or file:PATH, with NAME= before it to call it otherwise; may be given "
+        f"several times (default: {' and '.join(lossdata.DEFAULT)})",
     )
     parser.add_argument(
         "--rule", default=ADAPTIVE.name, choices=sorted(RULES), help="quadrature rule (default %(default)s)"
@@ -169,7 +170,7 @@ def _replay(options: argparse.Namespace) -> int:
         f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(opened.folders)}; "
         f"{job.rule} rule; {steps} steps to do in {len(tasks)} shards"
     )
-    report = check_update(run, opened.workload, data=any(data.fixed for data in opened.loss_data.values()))
+    report = check_update(run, opened.workload, data=opened.collates)
     commandline.say(f"self-check: {report.text}")
     if options.dry_run:
         evaluations = sum(opened.evaluations(task) for task in tasks)

@@ -99,6 +99,11 @@ class Allocation:
         The evaluation at θ_{t+1} where the rule has one: on a fixed loss data, the next step's first.
     total
         Σ LCA in nats, where it is known already.
+    counts
+        Number of predictions of every micro-batch.
+    spread
+        Where asked for: parameter name to what every micro-batch gives to its LCA, times all predictions, as found at
+        the rule's node in the middle of the step; float64 of shape (micro-batches,).
     """
 
     gradient: Mapping[str, torch.Tensor]
@@ -108,6 +113,13 @@ class Allocation:
     evaluations: int
     end: Evaluation | None
     total: float | None = None
+    counts: tuple[float, ...] = (1.0,)
+    spread: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def predictions(self) -> float:
+        """What the loss is averaged over."""
+        return sum(self.counts)
 
     def lca(self, name: str) -> torch.Tensor:
         """Return the LCA of every entry of a parameter.
@@ -159,6 +171,7 @@ def allocate(
     first: Evaluation | None = None,
     *,
     tolerance: Tolerance,
+    along: Callable[[Theta, Theta], Evaluation] | None = None,
     check: bool = True,
 ) -> Allocation:
     """Allocate the loss change between two parameter sets along the straight line between them.
@@ -177,6 +190,9 @@ def allocate(
         The evaluation at `start`, where it is known already.
     tolerance
         When an adaptive rule is content.
+    along
+        Like `evaluate`, and tells the micro-batches apart along a direction: used once, in the middle of the step,
+        where their spread is asked for.
     check
         Whether the losses at both ends are wanted also where they cost a forward pass.
 
@@ -185,7 +201,7 @@ def allocate(
     Allocation
         Its tensors are made in float64 where they are looked at.
     """
-    line = _Line(start, end, evaluate, first)
+    line = _Line(start, end, evaluate, first, rule.middle, along)
     mean, total = _halved(line, rule, tolerance) if isinstance(rule, AdaptiveRule) else _once(line, rule)
     at_start, at_end = line.ends
     loss_start, loss_end = (
@@ -200,6 +216,35 @@ def allocate(
         evaluations=line.evaluations,
         end=at_end,
         total=total,
+        counts=line.counts,
+        spread=line.spread,
+    )
+
+
+def by_weight(parts: Sequence[Allocation]) -> Allocation:
+    """Put together the allocations of groups of examples: the mean over all their predictions.
+
+    Parameters
+    ----------
+    parts
+        Of the same step, each on one group; at least one.
+
+    Returns
+    -------
+    Allocation
+        On all groups together: losses, gradients and so LCA are the groups' by weight.
+    """
+    predictions = sum(part.predictions for part in parts)
+    weights = [part.predictions / predictions for part in parts]
+    pairs = list(zip(parts, weights, strict=True))
+    return Allocation(
+        gradient=Combination([(weight, part.gradient) for part, weight in pairs], like=parts[0].gradient),
+        delta=parts[0].delta,
+        loss_start=sum(part.loss_start * weight for part, weight in pairs),
+        loss_end=sum(part.loss_end * weight for part, weight in pairs),
+        evaluations=sum(part.evaluations for part in parts),
+        end=None,
+        counts=tuple(count for part in parts for count in part.counts),
     )
 
 
@@ -233,9 +278,18 @@ class _Line:
     """The straight line between two parameter sets, and what is known on it."""
 
     def __init__(
-        self, start: Theta, end: Theta, evaluate: Callable[[Theta], Evaluation], first: Evaluation | None
+        self,
+        start: Theta,
+        end: Theta,
+        evaluate: Callable[[Theta], Evaluation],
+        first: Evaluation | None,
+        middle: float,
+        along: Callable[[Theta, Theta], Evaluation] | None,
     ) -> None:
         self.start, self._end, self._evaluate = start, end, evaluate
+        self._middle, self._along = middle, along
+        self.counts: tuple[float, ...] = () if first is None else first.counts
+        self.spread: Mapping[str, torch.Tensor] | None = None
         self.delta = Combination([(1.0, end), (-1.0, start)], like=start)
         self.ends: tuple[Evaluation | None, Evaluation | None] = (first, None)
         self.evaluations = 0
@@ -245,7 +299,12 @@ class _Line:
         at_start, at_end = self.ends
         if node == 0 and at_start is not None:
             return at_start.gradient
-        point = self._evaluate(self._between(node))
+        if self._along is not None and node == self._middle:
+            point = self._along(self._between(node), self.delta)
+            self.spread = point.along
+        else:
+            point = self._evaluate(self._between(node))
+        self.counts = point.counts
         self.evaluations += 1
         if node in (0, 1):
             self.ends = (point, at_end) if node == 0 else (at_start, point)

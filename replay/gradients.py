@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recorder.errors import FormatError
+from replay.unitsums import Combination, dots
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,10 +35,22 @@ class Evaluation:
     gradient
         Parameter name to ∂loss/∂parameter, in the parameter's shape and dtype. A parameter that the loss does not
         depend on is left out: its gradient is zero.
+    counts
+        Number of predictions of every micro-batch.
+    along
+        Where a direction was given: parameter name to the derivative along it of every micro-batch's summed loss,
+        float64 of shape (micro-batches,).
     """
 
     loss: float
     gradient: Mapping[str, torch.Tensor]
+    counts: tuple[float, ...] = (1.0,)
+    along: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def predictions(self) -> float:
+        """What the loss is averaged over."""
+        return sum(self.counts)
 
 
 def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
@@ -146,7 +159,12 @@ class LossSurface:
             raise FormatError(message)
         set_parameters({name: present[name] for name in buffers}, buffers)
 
-    def evaluate(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> Evaluation:
+    def evaluate(
+        self,
+        theta: Mapping[str, torch.Tensor],
+        micro_batches: Sequence[Any],
+        direction: Mapping[str, torch.Tensor] | None = None,
+    ) -> Evaluation:
         """Compute loss and gradient at parameters `theta`.
 
         Parameters
@@ -155,6 +173,8 @@ class LossSurface:
             Every trained parameter. The same object stands for the same values.
         micro_batches
             On this surface's device.
+        direction
+            For every trained parameter a float64 tensor in its shape, to tell the micro-batches apart along it.
 
         Returns
         -------
@@ -164,19 +184,33 @@ class LossSurface:
         self._stand_at(theta)
         for parameter in self._parameters.values():
             parameter.grad = None
-        loss_sum, predictions = 0.0, 0.0
+        loss_sum, counts = 0.0, []
+        reached = []
         for micro_batch in micro_batches:
             with self.precision.forward(self.device):
                 loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach())
-            predictions += float(count)
+            counts.append(float(count))
+            if direction is not None:
+                reached.append(self._along(direction))
+        predictions = sum(counts)
         gradient = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 gradient[name] = parameter.grad.div_(predictions)
                 parameter.grad = None
-        return Evaluation(loss=loss_sum / predictions, gradient=gradient)
+        along = None
+        if direction is not None:
+            totals = torch.stack(reached)
+            parts = torch.diff(totals, dim=0, prepend=torch.zeros_like(totals[:1])).T
+            along = dict(zip(direction, parts, strict=True))
+        return Evaluation(loss=loss_sum / predictions, gradient=gradient, counts=tuple(counts), along=along)
+
+    def _along(self, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        # Gradients add up over the micro-batches; so do their products with the direction.
+        gradients = {name: tensor.grad for name, tensor in self._parameters.items() if tensor.grad is not None}
+        return dots(Combination([(1.0, gradients)], like=self._parameters), direction)
 
     def loss(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> float:
         """Compute the mean loss alone.

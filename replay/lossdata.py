@@ -1,29 +1,34 @@
 """Loss data: on which examples the loss is measured.
 
-``batch`` is each update's own recorded batch. ``probe:N`` and ``valid:N`` are N examples drawn once, with a seed that
-is kept in the shards, from the training or the validation data, and stay the same for every step.
+``batch`` is each update's own recorded batch. ``probe:N`` and ``valid:N`` are N examples drawn once from the training
+or the validation data, the same for every step; ``fresh:N`` are N drawn anew for every step; ``file:PATH`` are those
+that a file lists, in named groups if it says so. All seeds are kept in the shards.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import zlib
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from recorder import tensorfile
-from recorder.batches import take_apart, to_device
-from recorder.errors import MismatchError, UsageError
-from recorder.steps import MicroBatch, Step
+from recorder.errors import UsageError
+from recorder.steps import Step
 from recorder.workload import Workload
+from replay.examplefile import read_examples
+from replay.examples import DRAW_SEED, Collation, FixedExamples, FreshDraw, Grouped, draw
+from replay.recordedbatch import RecordedBatch
 
 DEFAULT = ("batch", "probe:512")
-DRAW_SEED = 0
 
-_SPLITS = {"probe": "train", "valid": "valid"}
+_SPLITS = {"probe": "train", "valid": "valid", "fresh": "train"}
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_EXPECTED = (
+    "expected batch, probe:N, valid:N, fresh:N or file:PATH, with N the number of examples; NAME= may stand before it"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,13 +38,22 @@ class Request:
     Parameters
     ----------
     name
-        ``batch``, ``probe`` or ``valid``.
+        What it is called in shards, cube and figures.
+    kind
+        ``batch``, ``probe``, ``valid``, ``fresh`` or ``file``.
     examples
-        How many to draw; None for ``batch``.
+        How many to draw; None where nothing is drawn.
+    file
+        The file that lists the examples; None for the other kinds.
+    split
+        Where the examples are from; None for ``batch``.
     """
 
     name: str
-    examples: int | None
+    kind: str
+    examples: int | None = None
+    file: str | None = None
+    split: str | None = None
 
 
 def parse(text: str) -> Request:
@@ -48,7 +62,8 @@ def parse(text: str) -> Request:
     Parameters
     ----------
     text
-        ``batch``, ``probe:N`` or ``valid:N``.
+        ``batch``, ``probe:N``, ``valid:N``, ``fresh:N`` or ``file:PATH``, the last with ``:valid`` behind it where the
+        file lists examples of the validation data; ``NAME=`` before it calls it otherwise than its kind.
 
     Returns
     -------
@@ -63,22 +78,36 @@ def parse(text: str) -> Request:
     Examples
     --------
     >>> parse("probe:512")
-    Request(name='probe', examples=512)
+    Request(name='probe', kind='probe', examples=512, file=None, split='train')
+    >>> parse("rare=file:rare.csv:valid")
+    Request(name='rare', kind='file', examples=None, file='rare.csv', split='valid')
     """
-    name, _, number = text.partition(":")
-    if text == "batch":
-        return Request(name="batch", examples=None)
-    if name in _SPLITS and number.isascii() and number.isdigit() and int(number) > 0:
-        return Request(name=name, examples=int(number))
-    message = f"unknown loss data {text!r}; expected batch, probe:N or valid:N, with N the number of examples"
+    named = re.fullmatch(rf"({_NAME.pattern})=(.*)", text)
+    rest = named[2] if named else text
+    kind, _, value = rest.partition(":")
+    name = named[1] if named else kind
+    if rest == "batch":
+        return Request(name=name, kind="batch")
+    if kind in _SPLITS and value.isascii() and value.isdigit() and int(value) > 0:
+        return Request(name=name, kind=kind, examples=int(value), split=_SPLITS[kind])
+    if kind == "file" and value:
+        path, _, split = value.rpartition(":")
+        if path and split in {"train", "valid"}:
+            return Request(name=name, kind=kind, file=path, split=split)
+        return Request(name=name, kind=kind, file=value, split="train")
+    message = f"unknown loss data {text!r}; {_EXPECTED}"
     raise UsageError(message)
 
 
 class LossData(Protocol):
-    """The examples of a step."""
+    """The examples of a step.
+
+    `fixed`: the same for every step. `sampled`: drawn at random, so that what is measured on them has a standard error.
+    """
 
     name: str
     fixed: bool
+    sampled: bool
     settings: dict[str, Any]
 
     def micro_batches(self, step: Step) -> Sequence[Any]:
@@ -86,110 +115,7 @@ class LossData(Protocol):
         ...
 
 
-class RecordedBatch:
-    """The update's own batch, from its recorded tensors or collated again from its indices.
-
-    Parameters
-    ----------
-    workload
-        Collates where tensors were not recorded.
-    device
-        Where the micro-batches go.
-    """
-
-    name = "batch"
-    fixed = False
-
-    def __init__(self, workload: Workload, device: torch.device) -> None:
-        self._workload = workload
-        self._device = device
-        self.settings: dict[str, Any] = {}
-
-    def micro_batches(self, step: Step) -> Sequence[Any]:
-        """Return the micro-batches of the recorded update.
-
-        Parameters
-        ----------
-        step
-            The recorded step.
-
-        Returns
-        -------
-        list
-            One batch for each micro-batch.
-        """
-        return [
-            to_device(recorded_or_collated(self._workload, step, micro_batch), self._device)
-            for micro_batch in step.micro_batches
-        ]
-
-
-class FixedDraw:
-    """Examples drawn once from a split.
-
-    Parameters
-    ----------
-    request
-        Name and number.
-    workload
-        Lists and collates the examples.
-    micro_batch
-        Examples to a micro-batch.
-    device
-        Where the micro-batches go.
-
-    Raises
-    ------
-    UsageError
-        If the split has fewer examples.
-    """
-
-    fixed = True
-
-    def __init__(self, request: Request, workload: Workload, micro_batch: int, device: torch.device) -> None:
-        assert request.examples is not None
-        self.name = request.name
-        split = _SPLITS[request.name]
-        available = workload.indices(split)
-        if len(available) < request.examples:
-            message = (
-                f"--loss-data {request.name}:{request.examples}: the split {split!r} has {len(available)} examples; "
-                f"ask for at most {len(available)}"
-            )
-            raise UsageError(message)
-        drawn = np.random.default_rng(DRAW_SEED).choice(len(available), size=request.examples, replace=False)
-        # The order of the workload is kept: it may put examples of similar length side by side.
-        indices = [available[position] for position in sorted(drawn)]
-        collated = [
-            workload.batch(indices[first : first + micro_batch], split=split, epoch=1)
-            for first in range(0, len(indices), micro_batch)
-        ]
-        self._batches = [to_device(batch, device) for batch in collated]
-        self.settings = {
-            "split": split,
-            "examples": request.examples,
-            "seed": DRAW_SEED,
-            "micro_batch": micro_batch,
-            "crc32": _checksum_of_batches(collated),
-        }
-
-    def micro_batches(self, step: Step) -> Sequence[Any]:
-        """Return the drawn examples, the same for every step.
-
-        Parameters
-        ----------
-        step
-            Not looked at.
-
-        Returns
-        -------
-        list
-            The micro-batches.
-        """
-        return self._batches
-
-
-def build(request: Request, workload: Workload, first_step: Step, device: torch.device) -> LossData:
+def build(request: Request, workload: Workload, first_step: Step, device: torch.device) -> list[LossData]:
     """Build a loss data.
 
     Parameters
@@ -199,80 +125,57 @@ def build(request: Request, workload: Workload, first_step: Step, device: torch.
     workload
         Lists and collates examples.
     first_step
-        The run's first step: drawn examples are cut into micro-batches of the size training used there.
+        The run's first step: examples are cut into micro-batches of the size training used there.
     device
         Where the micro-batches go.
 
     Returns
     -------
-    LossData
-        The loss data.
-    """
-    if request.name == "batch":
-        return RecordedBatch(workload, device)
-    sizes = [len(micro_batch.indices) for micro_batch in first_step.micro_batches]
-    return FixedDraw(request, workload, max(1, max(sizes)), device)
-
-
-def recorded_or_collated(workload: Workload, step: Step, micro_batch: MicroBatch) -> Any:
-    """Return a recorded micro-batch, collated again from its indices if its tensors were not stored.
-
-    Parameters
-    ----------
-    workload
-        Collates.
-    step
-        The step the micro-batch belongs to.
-    micro_batch
-        What is recorded of it.
-
-    Returns
-    -------
-    Any
-        The batch in host memory.
-    """
-    if micro_batch.stored:
-        return micro_batch.batch()
-    batch = workload.batch(micro_batch.indices.tolist(), split="train", epoch=step.epoch)
-    if micro_batch.checksums:
-        verify_collation(batch, step, micro_batch)
-    return batch
-
-
-def verify_collation(batch: Any, step: Step, micro_batch: MicroBatch) -> None:
-    """Compare a batch collated again with the checksums of the recorded one.
-
-    Parameters
-    ----------
-    batch
-        What the workload collated.
-    step, micro_batch
-        The record.
+    list of LossData
+        One; of a file with groups every group and, last, all of them together.
 
     Raises
     ------
-    MismatchError
-        If any tensor differs.
+    UsageError
+        If there are not so many examples, or not those that the file lists.
     """
-    _, tensors = take_apart(batch)
-    found = {path: tensorfile.checksum(tensor) for path, tensor in tensors.items()}
-    different = sorted(
-        path for path in set(found) | set(micro_batch.checksums) if found.get(path) != micro_batch.checksums.get(path)
-    )
-    if different:
+    if request.split is None:
+        return [RecordedBatch(request.name, workload, device)]
+    sizes = [len(micro_batch.indices) for micro_batch in first_step.micro_batches]
+    collate = Collation(workload=workload, split=request.split, micro_batch=max(1, *sizes), device=device)
+    available = workload.indices(request.split)
+    if request.file is not None:
+        return _from_file(request, available, collate)
+    assert request.examples is not None
+    if len(available) < request.examples:
         message = (
-            f"step {step.step}: the batch collated again from its {len(micro_batch.indices)} recorded indices is not "
-            f"the recorded one: {len(different)} of {len(micro_batch.checksums)} tensors differ, first "
-            f"{different[0]!r}. "
-            "Either the data has changed, or it is other data, or its rows are collated in another order"
+            f"--loss-data {request.kind}:{request.examples}: the split {request.split!r} has {len(available)} "
+            f"examples; ask for at most {len(available)}"
         )
-        raise MismatchError(message)
+        raise UsageError(message)
+    if request.kind == "fresh":
+        return [FreshDraw(request.name, available, request.examples, request.split, collate)]
+    origin = {"split": request.split, "seed": DRAW_SEED}
+    drawn = draw(available, request.examples, DRAW_SEED)
+    return [FixedExamples(request.name, drawn, origin, collate, sampled=True)]
 
 
-def _checksum_of_batches(batches: Sequence[Any]) -> int:
-    checksum = 0
-    for batch in batches:
-        _, tensors = take_apart(batch)
-        for tensor in tensors.values():
-            checksum = zlib.crc32(tensorfile.content(tensor), checksum)
-    return checksum
+def _from_file(request: Request, available: Sequence[int], collate: Collation) -> list[LossData]:
+    assert request.file is not None
+    groups = read_examples(Path(request.file))
+    known = set(available)
+    unknown = [index for indices in groups.values() for index in indices if index not in known]
+    if unknown:
+        message = (
+            f"{request.file}: lists {len(unknown)} examples that the split {request.split!r} does not have, first "
+            f"{unknown[0]}; it has {len(available)}. Are they of the other split (file:PATH:valid)?"
+        )
+        raise UsageError(message)
+    origin = {"split": request.split}
+    if list(groups) == [None]:
+        return [FixedExamples(request.name, groups[None], origin, collate, sampled=False)]
+    parts = [
+        FixedExamples(f"{request.name}/{group}", indices, origin, collate, sampled=False)
+        for group, indices in groups.items()
+    ]
+    return [*parts, Grouped(request.name, parts)]

@@ -83,6 +83,11 @@ class Rule:
         return len(self.nodes)
 
     @property
+    def middle(self) -> float:
+        """The node nearest to the middle of the step; of two, the later one, which no step before has evaluated."""
+        return min(self.nodes, key=lambda node: (abs(node - 1 / 2), -node))
+
+    @property
     def starts_at_start(self) -> bool:
         """Whether the gradient at the start of the step is one of the evaluations."""
         return self.nodes[0] == 0
@@ -173,6 +178,11 @@ class AdaptiveRule:
     def least_evaluations(self) -> int:
         """Evaluations of a step that balances at once."""
         return 3
+
+    @property
+    def middle(self) -> float:
+        """The node nearest to the middle of the step."""
+        return 1 / 2
 
 
 _HALF_WIDTH = math.sqrt(1 / 12)

@@ -17,8 +17,8 @@ import torch
 from recorder.batches import to_device
 from recorder.workload import RepeatedUpdate
 from replay.gradients import set_parameters
-from replay.lossdata import recorded_or_collated
 from replay.precision import SIXTEEN_BIT
+from replay.recordedbatch import recorded_or_collated
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,7 +20,7 @@ from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
 from recorder.workload import RepeatedUpdate, RepeatsUpdates, Workload
-from replay.lossdata import verify_collation
+from replay.recordedbatch import verify_collation
 from replay.repetition import repeat_updates, sixteen_bit_dtype, why_not_repeatable
 
 LOSS_TOLERANCE = 1e-4

@@ -70,6 +70,7 @@ PER_STEP = {
     "epoch": np.int64,
     "lr": np.float64,
     "predictions": np.int64,
+    "weight": np.float64,
     "loss_start": np.float64,
     "loss_end": np.float64,
     "residual": np.float64,
@@ -79,7 +80,8 @@ PER_STEP = {
 }
 """Arrays of shape (steps,) in every shard, with their dtypes.
 
-``epoch``, ``lr`` and ``predictions`` are those of the recorded update; the losses, the residual and the tolerance, the
+``epoch``, ``lr`` and ``predictions`` are those of the recorded update; ``weight`` is the number of predictions that the
+loss on the shard's loss data is averaged over; the losses, the residual and the tolerance, the
 largest residual of a balanced entry, are in nats on the shard's loss data; ``evaluations`` counts gradient evaluations.
 """
 
@@ -91,6 +93,9 @@ PER_PARAMETER = {"gradient_norm": np.float64, "update_norm": np.float64, "cosine
 
 The gradient is its mean along the step, so that the product of the three is the parameter's LCA.
 """
+
+
+SPREAD, COUNTS = "spread", "counts"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,11 +110,18 @@ class Shard:
         Quantity to parameter name to array of shape (steps, units); the quantities and dtypes of `PER_UNIT`.
     per_parameter
         Quantity to parameter name to array of shape (steps,); the quantities and dtypes of `PER_PARAMETER`.
+    spread
+        On sampled loss data: parameter name to array of shape (steps, micro-batches), float64: what every micro-batch
+        gives to the parameter's LCA, times all predictions, at one node in the middle of the step.
+    counts
+        On sampled loss data the predictions of every micro-batch, float64 of shape (steps, micro-batches); else None.
     """
 
     per_step: Mapping[str, npt.NDArray[Any]]
     per_unit: Mapping[str, Mapping[str, npt.NDArray[Any]]]
     per_parameter: Mapping[str, Mapping[str, npt.NDArray[Any]]]
+    spread: Mapping[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
+    counts: npt.NDArray[Any] | None = None
 
 
 class ShardFolder:
@@ -325,6 +337,12 @@ class ShardFolder:
             for parameter in self.trained:
                 key = f"{quantity}/{parameter.name}"
                 tensors[key] = _checked(key, shard.per_parameter[quantity][parameter.name], (steps,), dtype)
+        if shard.counts is not None:
+            shape = (steps, shard.counts.shape[-1])
+            tensors[COUNTS] = _checked(COUNTS, shard.counts, shape, np.float64)
+            for parameter in self.trained:
+                key = f"{SPREAD}/{parameter.name}"
+                tensors[key] = _checked(key, shard.spread[parameter.name], shape, np.float64)
         path = self.file(start, stop)
         facts = {
             "format": FORMAT,
@@ -360,6 +378,8 @@ class ShardFolder:
             per_step={name: file.array(name) for name in PER_STEP},
             per_unit=self._read_by_parameter(file, PER_UNIT),
             per_parameter=self._read_by_parameter(file, PER_PARAMETER),
+            spread=self._read_by_parameter(file, [SPREAD])[SPREAD] if COUNTS in file.names else {},
+            counts=file.array(COUNTS) if COUNTS in file.names else None,
         )
 
     def _read_by_parameter(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +88,7 @@ class Combination(Mapping[str, torch.Tensor]):
     Parameters
     ----------
     terms
-        Weights, and name to tensor: a name that is missing stands for zeros.
+        Weights, and name to tensor or another combination: a name that is missing stands for zeros.
     like
         A tensor of the right shape for every name.
     """
@@ -96,8 +96,8 @@ class Combination(Mapping[str, torch.Tensor]):
     def __init__(
         self, terms: Sequence[tuple[float, Mapping[str, torch.Tensor]]], like: Mapping[str, torch.Tensor]
     ) -> None:
-        self._terms = tuple(terms)
-        self.like = like
+        self._terms = tuple(_plain(terms))
+        self.like: Mapping[str, torch.Tensor] = like.like if isinstance(like, Combination) else like
 
     def __getitem__(self, name: str) -> torch.Tensor:
         whole = Cut((1, 1, self.like[name].numel()), 1)
@@ -108,6 +108,14 @@ class Combination(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.like)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.like
+
+    @property
+    def terms(self) -> tuple[tuple[float, Mapping[str, torch.Tensor]], ...]:
+        """Weights and sets of tensors, none of them a combination."""
+        return self._terms
 
     def block(self, name: str, cut: Cut, place: Place) -> torch.Tensor:
         """Make one block of the sum.
@@ -142,6 +150,16 @@ class Combination(Mapping[str, torch.Tensor]):
         return total
 
 
+def _plain(
+    terms: Iterable[tuple[float, Mapping[str, torch.Tensor]]],
+) -> Iterator[tuple[float, Mapping[str, torch.Tensor]]]:
+    for weight, tensors in terms:
+        if isinstance(tensors, Combination):
+            yield from ((weight * inner, of_inner) for inner, of_inner in tensors.terms)
+        else:
+            yield weight, tensors
+
+
 def combination(tensors: Mapping[str, torch.Tensor]) -> Combination:
     """Take a set of tensors as a combination.
 
@@ -158,8 +176,8 @@ def combination(tensors: Mapping[str, torch.Tensor]) -> Combination:
     return tensors if isinstance(tensors, Combination) else Combination([(1.0, tensors)], tensors)
 
 
-def dot(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
-    """Multiply two sets of tensors entry by entry and sum it all up, in float64.
+def dots(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Multiply two sets of tensors entry by entry, and sum over the entries of each tensor.
 
     Parameters
     ----------
@@ -168,24 +186,36 @@ def dot(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> 
 
     Returns
     -------
-    float
-        Not finite where an entry is not.
+    torch.Tensor
+        float64 of shape (names,), on the tensors' device, in the order of `left`.
     """
     left, right = combination(left), combination(right)
     sums = []
-    for name in left:
-        like = left.like[name]
+    for name, like in left.like.items():
         cut = Cut.of((like.numel(),), 0, like.device)
-        products = [
-            torch.dot(left.block(name, cut, place).view(-1), right.block(name, cut, place).view(-1))
-            for place in cut.places()
-        ]
-        if products:
-            sums.append(torch.stack(products).sum())
-    # One transfer, where they are on a GPU.
-    finished: list[float] = torch.stack(sums).tolist() if sums else []
+        total = torch.zeros((), dtype=torch.float64, device=like.device)
+        for place in cut.places():
+            total += torch.dot(left.block(name, cut, place).view(-1), right.block(name, cut, place).view(-1))
+        sums.append(total)
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+def dot(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
+    """Multiply two sets of tensors entry by entry, and sum it all up.
+
+    Parameters
+    ----------
+    left, right
+        As for `dots`.
+
+    Returns
+    -------
+    float
+        Without rounding between tensors. Not finite where an entry is not.
+    """
+    sums: list[float] = dots(left, right).tolist()
     # fsum raises where infinities of both signs meet; a diverged step has them.
-    return math.fsum(finished) if all(map(math.isfinite, finished)) else sum(finished)
+    return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

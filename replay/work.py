@@ -19,13 +19,16 @@ from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
 from replay import lossdata
-from replay.allocate import Tolerance, allocate
-from replay.gradients import Evaluation, LossSurface
+from replay.allocate import Allocation, Tolerance, allocate, by_weight
+from replay.examples import Grouped
+from replay.gradients import Evaluation, LossSurface, Theta
 from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
 from replay.reading import ReadAhead
+from replay.recordedbatch import RecordedBatch
+from replay.rows import Rows
 from replay.settings import Settings, digest_of_table
-from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, ShardFolder
+from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, ShardFolder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,10 +140,15 @@ class Replayer:
         )
         first = self.run.step(self.run.steps[0])
         requests = [lossdata.parse(text) for text in job.loss_data]
-        self.loss_data = {
-            request.name: lossdata.build(request, self.workload, first, self._device) for request in requests
-        }
+        built = [data for request in requests for data in lossdata.build(request, self.workload, first, self._device)]
+        self.loss_data = {data.name: data for data in built}
+        self._in_groups = {part.name for data in built if isinstance(data, Grouped) for part in data.parts}
         self.folders = {name: self._folder(name) for name in self.loss_data}
+
+    @property
+    def collates(self) -> bool:
+        """Whether any loss data is made of examples that the workload collates now."""
+        return any(not isinstance(data, RecordedBatch) for data in self.loss_data.values())
 
     def _folder(self, name: str) -> ShardFolder:
         manifest = self.run.manifest
@@ -179,16 +187,18 @@ class Replayer:
             The shards' files, which are on disk.
         """
         steps = range(task.start, task.stop)
-        shards = {name: self._empty_shard(len(steps)) for name in task.loss_data}
-        known: dict[str, Evaluation | None] = dict.fromkeys(task.loss_data)
-        for row, step in enumerate(self._reader.steps(task.start, task.stop)):
+        rows = {name: Rows(len(steps), self._trained, self._tolerance) for name in task.loss_data}
+        known: dict[str, Evaluation | None] = {}
+        for step in self._reader.steps(task.start, task.stop):
             if self._held:
                 self._surface.hold(step.buffers)
+            ends = _Ends(step.start, step.end)
             for name in task.loss_data:
-                known[name] = self._fill(shards[name], row, step.record, name, step.start, step.end, known[name])
+                rows[name].add(step.record, self._allocate(step.record, name, ends, known))
         attempts = self.run.attempts_within(task.start, task.stop)
         files = tuple(
-            str(self.folders[name].write(task.start, task.stop, shards[name], attempts)) for name in task.loss_data
+            str(self.folders[name].write(task.start, task.stop, rows[name].shard(), attempts))
+            for name in task.loss_data
         )
         return Receipt(task=task, files=files)
 
@@ -209,7 +219,12 @@ class Replayer:
         # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
         shared = self.rule.starts_at_start and self.rule.ends_at_end and not self._held
         saved = steps - 1 if shared else 0
-        return sum(nodes * steps - (saved if self.loss_data[name].fixed else 0) for name in task.loss_data)
+        evaluated = {part for name in task.loss_data for part in self._evaluated(name)}
+        return sum(nodes * steps - (saved if self.loss_data[name].fixed else 0) for name in evaluated)
+
+    def _evaluated(self, name: str) -> list[str]:
+        data = self.loss_data[name]
+        return [part.name for part in data.parts] if isinstance(data, Grouped) else [name]
 
     def bytes_written(self, task: Task) -> int:
         """Count the bytes of a task's shards, without their headers.
@@ -228,64 +243,50 @@ class Replayer:
         of_units = units * sum(np.dtype(dtype).itemsize for dtype in PER_UNIT.values())
         of_parameters = len(self._trained) * sum(np.dtype(dtype).itemsize for dtype in PER_PARAMETER.values())
         per_step = of_units + of_parameters + sum(np.dtype(dtype).itemsize for dtype in PER_STEP.values())
-        return per_step * (task.stop - task.start) * len(task.loss_data)
+        steps = task.stop - task.start
+        sampled = [self.loss_data[name] for name in task.loss_data if self.loss_data[name].sampled]
+        first = self.run.step(task.start)
+        of_micro_batches = sum(len(data.micro_batches(first)) for data in sampled) * (len(self._trained) + 1) * 8
+        return steps * (per_step * len(task.loss_data) + of_micro_batches)
 
-    def _empty_shard(self, steps: int) -> Shard:
-        return Shard(
-            per_step={name: np.zeros(steps, dtype) for name, dtype in PER_STEP.items()},
-            per_unit={
-                quantity: {parameter.name: np.zeros((steps, parameter.units), dtype) for parameter in self._trained}
-                for quantity, dtype in PER_UNIT.items()
-            },
-            per_parameter={
-                quantity: {parameter.name: np.zeros(steps, dtype) for parameter in self._trained}
-                for quantity, dtype in PER_PARAMETER.items()
-            },
-        )
+    def _allocate(self, step: Step, name: str, ends: _Ends, known: dict[str, Evaluation | None]) -> Allocation:
+        data = self.loss_data[name]
+        if isinstance(data, Grouped):
+            return by_weight([self._of_part(step, part.name, ends, known) for part in data.parts])
+        return self._of_part(step, name, ends, known)
 
-    def _fill(
-        self,
-        shard: Shard,
-        row: int,
-        step: Step,
-        name: str,
-        start: Mapping[str, torch.Tensor],
-        end: Mapping[str, torch.Tensor],
-        first: Evaluation | None,
-    ) -> Evaluation | None:
+    def _of_part(self, step: Step, name: str, ends: _Ends, known: dict[str, Evaluation | None]) -> Allocation:
+        if name in ends.done:
+            return ends.done[name]
         data = self.loss_data[name]
         micro_batches = data.micro_batches(step)
+
+        def along(theta: Theta, direction: Theta) -> Evaluation:
+            return self._surface.evaluate(theta, micro_batches, direction)
+
         allocation = allocate(
-            start,
-            end,
+            ends.start,
+            ends.end,
             self.rule,
             evaluate=lambda theta: self._surface.evaluate(theta, micro_batches),
             loss=lambda theta: self._surface.loss(theta, micro_batches),
-            first=first,
+            first=known.get(name),
             tolerance=self._tolerance,
+            along=along if data.sampled else None,
         )
-        residual = allocation.residual
-        predictions = step.predictions
-        entries: dict[str, float] = {
-            "step": step.step,
-            "epoch": step.epoch,
-            "lr": step.learning_rates[0],
-            "predictions": 0 if np.isnan(predictions) else round(predictions),
-            "loss_start": allocation.loss_start,
-            "loss_end": allocation.loss_end,
-            "residual": residual,
-            "tolerance": self._tolerance.allowed(allocation.loss_start, allocation.loss_end),
-            "status": self._tolerance.status(residual, allocation.loss_start, allocation.loss_end),
-            "evaluations": allocation.evaluations,
-        }
-        for key, value in entries.items():
-            shard.per_step[key][row] = value
-        for parameter, sums in allocation.sums(self._trained).items():
-            for quantity in PER_UNIT:
-                shard.per_unit[quantity][parameter][row] = getattr(sums, quantity)
-            for quantity in PER_PARAMETER:
-                shard.per_parameter[quantity][parameter][row] = getattr(sums, quantity)
-        return allocation.end if data.fixed and not self._held else None
+        known[name] = allocation.end if data.fixed and not self._held else None
+        if name in self._in_groups:
+            ends.done[name] = allocation
+        return allocation
+
+
+@dataclasses.dataclass(slots=True)
+class _Ends:
+    """Both ends of a step, and what has been allocated between them for groups of examples."""
+
+    start: Theta
+    end: Theta
+    done: dict[str, Allocation] = dataclasses.field(default_factory=dict)
 
 
 @functools.lru_cache(maxsize=1)

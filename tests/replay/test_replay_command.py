@@ -72,9 +72,9 @@ def test_results_are_paths_on_standard_output_and_everything_else_is_on_standard
     assert [path.parent for path in paths] == [run / "shards"] * 2
     assert [ShardFolder.open(path).finished() for path in paths] == [[(0, 4), (4, 6)]] * 2
     lines = captured.err.splitlines()
-    assert lines[0] == (f"{run}: steps 0-5 recorded; loss data batch, probe; simpson rule; 6 steps to do in 2 shards")
+    assert lines[0] == (f"{run}: steps 0-5 recorded; loss data batch, probe; adaptive rule; 6 steps to do in 2 shards")
     assert lines[1].startswith("self-check: step 0 done again: losses and parameters are the recorded ones")
-    assert re.fullmatch(r"batch: 6 steps \(6 converged\), ΔL -\d\.\d{4} nat, 18 gradient evaluations", lines[3])
+    assert re.fullmatch(r"batch: 6 steps \(6 converged\), ΔL -\d\.\d{4} nat, \d\d gradient evaluations", lines[3])
     assert re.match(r"batch: \|residual\| median .* worst \d\.\de-\d\d nat at step \d; cumulative", lines[4])
 
 
@@ -85,7 +85,8 @@ def test_the_books_of_every_step_balance_by_the_stored_residual(run: Path, repla
         change = _per_step(found, "loss_end") - _per_step(found, "loss_start")
         residual = _per_step(found, "residual")
         np.testing.assert_allclose(_total(found) - change, residual, rtol=0, atol=1e-14)
-        assert (np.abs(residual) < 1e-2 * np.abs(change)).all()
+        assert (np.abs(residual) <= _per_step(found, "tolerance")).all()
+        assert (_per_step(found, "tolerance") < 1e-3 * np.abs(change) + 1e-5).all()
         assert (_per_step(found, "status") == Status.CONVERGED).all()
 
 
@@ -101,7 +102,7 @@ def test_the_recorded_facts_of_every_step_stand_in_the_shards(run: Path, replay:
 def test_the_change_of_the_probe_telescopes_and_its_evaluations_are_shared_between_neighbours(
     run: Path, replay: Command, folder: Find
 ) -> None:
-    assert replay(run, "--chunk", "4", loss_data=BOTH) == 0
+    assert replay(run, "--chunk", "4", "--rule", "simpson", loss_data=BOTH) == 0
     probe = folder(run, "probe")
     start, end = _per_step(probe, "loss_start"), _per_step(probe, "loss_end")
     assert end[:-1].tolist() == start[1:].tolist()  # to the bit, also from shard to shard
@@ -242,7 +243,13 @@ def test_a_dry_run_writes_no_shard_and_foretells_evaluations_and_bytes(
         for folder in found
         for start, stop in folder.finished()
         for shard in [folder.read(start, stop)]
-        for array in (*shard.per_step.values(), *(a for arrays in shard.per_unit.values() for a in arrays.values()))
+        for arrays in (shard.per_step, *shard.per_unit.values(), *shard.per_parameter.values(), shard.spread)
+        for array in arrays.values()
+    ) + sum(
+        counts.nbytes
+        for folder in found
+        for start, stop in folder.finished()
+        if (counts := folder.read(start, stop).counts) is not None
     )
     assert written == sum(foretold_bytes) > 50_000
     assert foretold[2] == f"{written / 1e6:.1f}"
@@ -265,7 +272,7 @@ def test_overwrite_computes_again_just_the_chosen_shards(
     before = stamps(run)
     tasks.clear()
     assert replay(run, "--chunk", "2", "--overwrite", "--steps", "2:4", "--dry-run") == 0
-    assert "dry run: 6 gradient evaluations" in capsys.readouterr().err
+    assert "dry run: at least 6 gradient evaluations" in capsys.readouterr().err
     assert stamps(run) == before
     assert replay(run, "--chunk", "2", "--overwrite", "--steps", "2:4") == 0
     after = stamps(run)
@@ -326,7 +333,7 @@ def test_json_is_one_document_on_standard_output(run: Path, replay: Command, fol
 def test_a_missed_tolerance_is_stored_and_told_by_the_exit_code_also_of_a_rerun(
     run: Path, replay: Command, folder: Find, capsys: Captured
 ) -> None:
-    strict = ("--rtol", "1e-12", "--atol", "0")
+    strict = ("--rule", "euler", "--rtol", "1e-12")
     assert replay(run, *strict) == 3
     found = folder(run, "batch")
     assert (_per_step(found, "status") == Status.TOLERANCE_NOT_MET).all()

@@ -58,7 +58,8 @@ def test_a_run_without_any_step_yet(run: Path, complain: Callable[..., str]) -> 
 @pytest.mark.parametrize("text", ["prob:8", "probe", "probe:0", "probe:-1", "probe:1e3", "batch:8", "probe:²", ""])
 def test_an_unknown_loss_data(run: Path, text: str, complain: Callable[..., str]) -> None:
     assert complain("--run", str(run), *WORKLOAD, "--loss-data", text) == (
-        f"unknown loss data {text!r}; expected batch, probe:N or valid:N, with N the number of examples"
+        f"unknown loss data {text!r}; expected batch, probe:N, valid:N, fresh:N or file:PATH, with N the number of "
+        "examples; NAME= may stand before it"
     )
 
 
