@@ -16,7 +16,7 @@ import dask
 import numpy as np
 
 from recorder.errors import FormatError
-from reduce import cube, schema, sources
+from reduce import cube, sampling, schema, sources
 from reduce.grouping import Grouping, grouping
 from reduce.statistics import STATISTICS
 from replay import shards
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Arrays = dict[str, npt.NDArray[Any]]
 
 _OF_THE_UPDATE = ("epoch", "lr", "predictions")
-_OF_THE_ENTRY = ("loss_start", "loss_end", "residual", "tolerance", "status", "evaluations")
+_OF_THE_ENTRY = ("loss_start", "loss_end", "residual", "tolerance", "status", "evaluations", sampling.TOTAL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -137,7 +137,7 @@ class Part:
     Parameters
     ----------
     per_step
-        Name to array of shape (steps,), as in the shard.
+        Name to array of shape (steps,), as in the shard, and the standard error of the sum over all cells.
     totals
         Variable of the cube to array of shape (steps, groups), float64, not finalized.
     """
@@ -182,7 +182,8 @@ def reduce_shard(folder: shards.ShardFolder, start: int, stop: int, grouping: Gr
         )
         for statistic in STATISTICS
     }
-    return Part(per_step=dict(shard.per_step), totals=totals)
+    totals[sampling.CELLS], of_total = sampling.standard_errors(shard, grouping.cells)
+    return Part(per_step={**shard.per_step, sampling.TOTAL: of_total}, totals=totals)
 
 
 def join(parts: Sequence[Sequence[Part]], steps: sources.Steps, grouping: Grouping) -> Arrays:
@@ -210,6 +211,7 @@ def join(parts: Sequence[Sequence[Part]], steps: sources.Steps, grouping: Groupi
     totals: Arrays = {
         statistic.variable: np.full((*shape, statistic.groups(grouping).size), np.nan) for statistic in STATISTICS
     }
+    totals[sampling.CELLS] = np.full((*shape, grouping.cells.size), np.nan)
     updates: Arrays = {name: np.zeros(len(steps), dtype=shards.PER_STEP[name]) for name in _OF_THE_UPDATE}
     known = np.zeros(len(steps), dtype=bool)
     for data, of_data in enumerate(parts):
@@ -225,6 +227,7 @@ def join(parts: Sequence[Sequence[Part]], steps: sources.Steps, grouping: Groupi
                 _check_same_update(name, steps[rows], values, np.where(known[rows], update[rows], values))
                 update[rows] = values
             known[rows] = True
+    totals[sampling.CELLS] = totals[sampling.CELLS].reshape(*shape, *grouping.cells.shape)
     for statistic in STATISTICS:
         groups = statistic.groups(grouping)
         table = totals[statistic.variable].reshape(*shape, *groups.shape)

@@ -84,6 +84,8 @@ VARIABLES = {
     "lca_positive": _field(_CELL, np.float64, "nat", "loss change allocation of the entries that hurt"),
     "hurting": _field(_CELL, np.float64, "1", "share of entries that hurt"),
     "lca_head": _field(_HEAD, np.float64, "nat", "loss change allocation of the head"),
+    "lca_standard_error": _field(_CELL, np.float64, "nat", "standard error of loss change allocation"),
+    "total_standard_error": _field(_ENTRY, np.float64, "nat", "standard error of LCA summed over all cells"),
     "loss_start": _field(_ENTRY, np.float64, "nat", "loss before the step"),
     "loss_end": _field(_ENTRY, np.float64, "nat", "loss after the step"),
     "residual": _field(_ENTRY, np.float64, "nat", "sum of LCA minus measured change of the loss"),

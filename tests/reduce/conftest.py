@@ -36,6 +36,7 @@ def _shard(loss_data: str, parameters: Sequence[Parameter], start: int, stop: in
         "epoch": np.array([1 + step // 5 for step in steps]),
         "lr": np.array([1e-3 / (1 + step) for step in steps]),
         "predictions": np.array([100 + step for step in steps]),
+        "weight": np.full(len(steps), 50.0),
         "loss_start": np.array([draw[0] for draw in draws]),
         "loss_end": np.array([draw[1] for draw in draws]),
         "residual": np.array([1e-6 * draw[2] for draw in draws]),

@@ -1,0 +1,61 @@
+"""Standard errors from the spread over micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from reduce.grouping import grouping
+from reduce.sampling import standard_errors
+from replay.shards import Parameter, Shard
+
+TABLE = (
+    Parameter(name="a", shape=(2,), dtype="float32", component="W1", layer="encoder.0", stack="encoder", depth=0),
+    Parameter(name="b", shape=(2,), dtype="float32", component="W1", layer="encoder.0", stack="encoder", depth=0),
+    Parameter(name="c", shape=(2,), dtype="float32", component="W2", layer="encoder.0", stack="encoder", depth=0),
+)
+CELLS = grouping(TABLE).cells
+W1, W2 = (next(member.codes[0] for member in CELLS.members if member.parameter == name) for name in "ac")
+
+
+def _shard(given: dict[str, np.ndarray], counts: np.ndarray | None) -> Shard:
+    steps = 1 if counts is None else len(counts)
+    return Shard(per_step={"step": np.arange(steps)}, per_unit={}, per_parameter={}, spread=given, counts=counts)
+
+
+def test_it_is_the_spread_of_means_over_many_draws() -> None:
+    # Micro-batches of unequal size with correlated parameters; the truth is the spread over repeated draws.
+    generator = np.random.default_rng(0)
+    draws, micro_batches = 4000, 24
+    counts = generator.integers(5, 15, size=(draws, micro_batches)).astype(float)
+    common = generator.normal(size=counts.shape)
+    given = {
+        "a": counts * (0.5 + common + generator.normal(size=counts.shape)),
+        "b": counts * (-0.2 + generator.normal(size=counts.shape)),
+        "c": counts * (0.1 - common),
+    }
+    of_cells, of_total = standard_errors(_shard(given, counts), CELLS)
+    means = {name: values.sum(axis=1) / counts.sum(axis=1) for name, values in given.items()}
+    assert np.sqrt(np.square(of_cells[:, W1]).mean()) == pytest.approx((means["a"] + means["b"]).std(), rel=0.05)
+    assert np.sqrt(np.square(of_cells[:, W2]).mean()) == pytest.approx(means["c"].std(), rel=0.05)
+    assert np.sqrt(np.square(of_total).mean()) == pytest.approx(sum(means.values()).std(), rel=0.05)
+    # The common part cancels between the cells: they are not independent.
+    assert of_total.mean() < np.hypot(of_cells[:, W1], of_cells[:, W2]).mean() * 0.9
+    others = [code for code in range(CELLS.size) if code not in (W1, W2)]
+    assert np.isnan(of_cells[:, others]).all()
+
+
+def test_with_equal_micro_batches_it_is_that_of_a_mean() -> None:
+    values = np.array([[1.0, 4.0, -2.0, 0.5]])
+    given = {"a": values * 10, "b": np.zeros_like(values), "c": np.zeros_like(values)}
+    of_cells, of_total = standard_errors(_shard(given, np.full((1, 4), 10.0)), CELLS)
+    expected = values.std(ddof=1) / 2
+    assert of_cells[0, W1] == pytest.approx(expected, rel=1e-12)
+    assert (of_cells[0, W2], of_total[0]) == (0, pytest.approx(expected, rel=1e-12))
+
+
+@pytest.mark.parametrize("counts", [None, np.full((1, 1), 8.0)], ids=["not sampled", "one micro-batch"])
+def test_without_a_spread_there_is_none(counts: np.ndarray | None) -> None:
+    of_cells, of_total = standard_errors(_shard({name: np.ones((1, 1)) for name in "abc"}, counts), CELLS)
+    assert np.isnan(of_cells).all()
+    assert np.isnan(of_total).all()
