@@ -97,6 +97,8 @@ class Allocation:
         Gradient evaluations used.
     end
         The evaluation at θ_{t+1} where the rule has one: on a fixed loss data, the next step's first.
+    checked
+        Whether the losses at both ends were measured.
     total
         Σ LCA in nats, where it is known already.
     counts
@@ -112,6 +114,7 @@ class Allocation:
     loss_end: float
     evaluations: int
     end: Evaluation | None
+    checked: bool = True
     total: float | None = None
     counts: tuple[float, ...] = (1.0,)
     spread: Mapping[str, torch.Tensor] | None = None
@@ -158,8 +161,29 @@ class Allocation:
 
     @property
     def residual(self) -> float:
-        """Σ LCA - ΔL, in nats."""
-        return (dot(self.gradient, self.delta) if self.total is None else self.total) - self.change
+        """Σ LCA - ΔL, in nats; NaN where the losses were not measured."""
+        return self._total - self.change
+
+    def status(self, tolerance: Tolerance) -> Status:
+        """Judge the entry.
+
+        Parameters
+        ----------
+        tolerance
+            Within which its books are to balance.
+
+        Returns
+        -------
+        Status
+            An LCA that is not finite is told also where the losses were not measured.
+        """
+        if not self.checked and math.isfinite(self._total):
+            return Status.NOT_CHECKED
+        return tolerance.status(self.residual, self.loss_start, self.loss_end)
+
+    @property
+    def _total(self) -> float:
+        return dot(self.gradient, self.delta) if self.total is None else self.total
 
 
 def allocate(
@@ -215,6 +239,7 @@ def allocate(
         loss_end=loss_end,
         evaluations=line.evaluations,
         end=at_end,
+        checked=check or (at_start is not None and at_end is not None),
         total=total,
         counts=line.counts,
         spread=line.spread,
@@ -244,6 +269,7 @@ def by_weight(parts: Sequence[Allocation]) -> Allocation:
         loss_end=sum(part.loss_end * weight for part, weight in pairs),
         evaluations=sum(part.evaluations for part in parts),
         end=None,
+        checked=all(part.checked for part in parts),
         counts=tuple(count for part in parts for count in part.counts),
     )
 

@@ -68,7 +68,7 @@ class Rows:
             "loss_end": allocation.loss_end,
             "residual": residual,
             "tolerance": self._tolerance.allowed(allocation.loss_start, allocation.loss_end),
-            "status": self._tolerance.status(residual, allocation.loss_start, allocation.loss_end),
+            "status": allocation.status(self._tolerance),
             "evaluations": allocation.evaluations,
         }
         for key, value in entries.items():

@@ -57,6 +57,8 @@ class Job:
         Threads of torch in each worker.
     workload, data
         As on the command line.
+    check_every
+        Take the losses at both ends at steps that are multiples of this.
     """
 
     run: str
@@ -71,6 +73,7 @@ class Job:
     threads: int
     workload: str | None
     data: str | None
+    check_every: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +167,7 @@ class Replayer:
             dropout="off",
             chunk=self.job.chunk,
             recipe={**current_recipe(self._device), "dtype": self._precision.name},
+            check_every=self.job.check_every,
         )
         provenance = {
             "run": dict(manifest.provenance),
@@ -273,6 +277,7 @@ class Replayer:
             first=known.get(name),
             tolerance=self._tolerance,
             along=along if data.sampled else None,
+            check=step.step % self.job.check_every == 0,
         )
         known[name] = allocation.end if data.fixed and not self._held else None
         if name in self._in_groups:

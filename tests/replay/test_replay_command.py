@@ -325,7 +325,7 @@ def test_json_is_one_document_on_standard_output(run: Path, replay: Command, fol
     assert document["batch"] == {
         "shards": str(folder(run, "batch").path),
         "steps": 6,
-        "status": {"converged": 6, "tolerance_not_met": 0, "not_finite": 0},
+        "status": {"converged": 6, "tolerance_not_met": 0, "not_finite": 0, "not_checked": 0},
         "worst_residual": residual,
     }
 
