@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from recorder.table import Parameter
 from replay import unitsums
-from replay.allocate import Allocation, Tolerance, allocate
+from replay.allocate import FLOOR_ULPS, Allocation, Tolerance, allocate
 from replay.gradients import Evaluation
 from replay.quadrature import ADAPTIVE, RULES
 from replay.shards import Status
@@ -226,7 +226,7 @@ def test_the_books_balance_within_the_sum_of_both_tolerances(residual: float, ch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_below_the_rounding_floor_of_the_losses_every_residual_is_rounding(dtype: torch.dtype) -> None:
     tolerance = Tolerance(rtol=0, atol=0, epsilon=torch.finfo(dtype).eps)
-    floor = 8 * torch.finfo(dtype).eps * 6
+    floor = FLOOR_ULPS * torch.finfo(dtype).eps * 6
     assert tolerance.status(0.99 * floor, -6.0, 5.0) is Status.CONVERGED
     assert tolerance.status(1.01 * floor, -6.0, 5.0) is Status.TOLERANCE_NOT_MET
 

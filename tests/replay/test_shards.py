@@ -127,8 +127,8 @@ def test_a_reader_that_knows_only_the_format_page_reads_a_shard(made: ShardFolde
     assert arrays["status"].dtype == np.uint8
     assert arrays["positive_count/scale"].shape == (3, 1)
     assert arrays["cosine/scale"].shape == (3,)
-    assert [status.name for status in Status] == ["CONVERGED", "TOLERANCE_NOT_MET", "NOT_FINITE"]
-    assert [int(status) for status in Status] == [0, 1, 2]
+    assert [status.name for status in Status] == ["CONVERGED", "TOLERANCE_NOT_MET", "NOT_FINITE", "NOT_CHECKED"]
+    assert [int(status) for status in Status] == [0, 1, 2, 3]
 
 
 def _with(mapping: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
