@@ -55,8 +55,8 @@ def _costs(costs: Sequence[Cost]) -> str:
         for cost in costs
     ]
     head = (
-        "variant", "steps", "steps/s", "evaluations a step", "relative residual: median", "worst", "unmet", "peak memory",
-        "ratio", "reach", "core-time ratio",
+        "variant", "steps", "steps/s", "evaluations a step", "relative residual: median", "worst", "unmet",
+        "peak memory", "ratio", "reach", "core-time ratio",
     )  # fmt: skip
     return table(head, rows)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recorder.errors import FormatError
+from replay.splitting import Pieces
 from replay.unitsums import Combination, dots
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class LossSurface:
             parameter.requires_grad_(name in self._parameters)
         set_parameters({name: present[name] for name in fixed}, fixed)
         self._theta: Theta | None = None
+        self._pieces = Pieces(workload, self._measure, precision.epsilon)
 
     def _stand_at(self, theta: Theta) -> None:
         # A step begins where the one before it, on other examples, has ended.
@@ -182,18 +184,10 @@ class LossSurface:
             Mean loss and its gradient.
         """
         self._stand_at(theta)
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        loss_sum, counts = 0.0, []
-        reached = []
-        for micro_batch in micro_batches:
-            with self.precision.forward(self.device):
-                loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(loss.detach())
-            counts.append(float(count))
-            if direction is not None:
-                reached.append(self._along(direction))
+        if direction is not None:
+            # Looked at once for every micro-batch.
+            direction = dict(direction)
+        loss_sum, counts, reached = self._pieces.fit(micro_batches, lambda: self._accumulate(micro_batches, direction))
         predictions = sum(counts)
         gradient = {}
         for name, parameter in self._parameters.items():
@@ -206,6 +200,26 @@ class LossSurface:
             parts = torch.diff(totals, dim=0, prepend=torch.zeros_like(totals[:1])).T
             along = dict(zip(direction, parts, strict=True))
         return Evaluation(loss=loss_sum / predictions, gradient=gradient, counts=tuple(counts), along=along)
+
+    def _accumulate(
+        self, micro_batches: Sequence[Any], direction: Theta | None
+    ) -> tuple[float, list[float], list[torch.Tensor]]:
+        # From the start: a pass that ran out of memory leaves gradients of some parameters behind.
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        loss_sum, counts, reached = 0.0, [], []
+        for position in range(len(micro_batches)):
+            of_micro_batch = 0.0
+            for piece in self._pieces.each(position):
+                with self.precision.forward(self.device):
+                    loss, count = self._workload.loss(self._model, self.precision.converted(piece))
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss_sum += float(loss.detach())
+                of_micro_batch += float(count)
+            counts.append(of_micro_batch)
+            if direction is not None:
+                reached.append(self._along(direction))
+        return loss_sum, counts, reached
 
     def _along(self, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         # Gradients add up over the micro-batches; so do their products with the direction.
@@ -226,10 +240,17 @@ class LossSurface:
             In nats.
         """
         self._stand_at(theta)
-        loss_sum, predictions = 0.0, 0.0
-        with torch.no_grad(), self.precision.forward(self.device):
-            for micro_batch in micro_batches:
-                loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
-                loss_sum += float(loss)
-                predictions += float(count)
+
+        def total() -> tuple[float, float]:
+            measured = [
+                self._measure(piece) for position in range(len(micro_batches)) for piece in self._pieces.each(position)
+            ]
+            return sum(loss for loss, _ in measured), sum(count for _, count in measured)
+
+        loss_sum, predictions = self._pieces.fit(micro_batches, total)
         return loss_sum / predictions
+
+    def _measure(self, micro_batch: Any) -> tuple[float, float]:
+        with torch.no_grad(), self.precision.forward(self.device):
+            loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
+            return float(loss), float(count)

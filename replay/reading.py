@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, torch.Tensor]
 
+WORTH_A_THREAD = 1 << 22
+"""Bytes of θ below which it is read in less time than two threads take to wait for each other."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedStep:
@@ -63,6 +66,7 @@ class ReadAhead:
     def __init__(self, run: Run, device: torch.device, precision: Precision) -> None:
         self._run, self._device, self._precision = run, device, precision
         self._held = bool(run.manifest.buffers)
+        self._bytes = sum(row.size * getattr(torch, row.dtype).itemsize for row in run.manifest.trained)
 
     def steps(self, start: int, stop: int) -> Iterator[RecordedStep]:
         """Read consecutive steps.
@@ -77,18 +81,26 @@ class ReadAhead:
         RecordedStep
             In order. What goes wrong with reading a step is raised in its place.
         """
+        states = self._ahead(start, stop) if self._bytes >= WORTH_A_THREAD else self._in_turn(start, stop)
+        here = next(states)
+        theta = self._on_device(here.theta)
+        for following in states:
+            end = self._on_device(following.theta)
+            assert here.record is not None
+            yield RecordedStep(record=here.record, start=theta, end=end, buffers=here.buffers)
+            here, theta = following, end
+
+    def _in_turn(self, start: int, stop: int) -> Iterator[_Read]:
+        return (self._read(t, t < stop) for t in range(start, stop + 1))
+
+    def _ahead(self, start: int, stop: int) -> Iterator[_Read]:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lossledger-reader") as reader:
-            here = reader.submit(self._read, start, True)
-            following = reader.submit(self._read, start + 1, start + 1 < stop)
-            theta = self._on_device(here.result().theta)
-            for t in range(start, stop):
-                read, end = here.result(), self._on_device(following.result().theta)
-                here = following
-                if t + 2 <= stop:
-                    following = reader.submit(self._read, t + 2, t + 2 < stop)
-                assert read.record is not None
-                yield RecordedStep(record=read.record, start=theta, end=end, buffers=read.buffers)
-                theta = end
+            following = reader.submit(self._read, start, True)
+            for t in range(start + 1, stop + 1):
+                read = following.result()
+                following = reader.submit(self._read, t, t < stop)
+                yield read
+            yield following.result()
 
     def _read(self, t: int, is_step: bool) -> _Read:
         theta = {name: self._precision.converted(tensor) for name, tensor in self._run.parameters(t).items()}

@@ -193,11 +193,16 @@ def dots(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) ->
     sums = []
     for name, like in left.like.items():
         cut = Cut.of((like.numel(),), 0, like.device)
-        total = torch.zeros((), dtype=torch.float64, device=like.device)
-        for place in cut.places():
-            total += torch.dot(left.block(name, cut, place).view(-1), right.block(name, cut, place).view(-1))
-        sums.append(total)
+        products = [
+            torch.dot(left.block(name, cut, place).view(-1), right.block(name, cut, place).view(-1))
+            for place in cut.places()
+        ]
+        sums.append(products[0] if len(products) == 1 else _sum_of(products, like.device))
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+def _sum_of(products: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64, device=device)
 
 
 def dot(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
