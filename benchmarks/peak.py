@@ -16,6 +16,17 @@ def reset_peak() -> None:
         _CLEAR.write_text("5")
 
 
+def resident_bytes() -> int:
+    """Tell what the process holds now.
+
+    Returns
+    -------
+    int
+        Bytes of resident memory; 0 where the system does not tell.
+    """
+    return _entry("VmRSS") if _STATUS.exists() else 0
+
+
 def peak_bytes() -> int:
     """Tell the peak since `reset_peak`; where the system cannot forget, that of the whole process.
 
@@ -25,7 +36,10 @@ def peak_bytes() -> int:
         Bytes of resident memory.
     """
     if _STATUS.exists():
-        lines = _STATUS.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return _entry("VmHWM")
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _entry(name: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith(name))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peak import peak_bytes, reset_peak
+from benchmarks.peak import peak_bytes, reset_peak, resident_bytes
 from recorder.runformat import Run
 from replay.shards import Status
 from replay.work import Job, Replayer, Task
@@ -68,7 +68,8 @@ class Cost:
     unmet
         Steps that missed the tolerance.
     peak
-        Bytes of the process at most while it replayed, the bare loop's model included.
+        Bytes that the process held at most, beside what it held before; for the first variant those of the bare loop's
+        model are among them.
     ratio, cpu_ratio
         Median over the turns, of wall time and of the processor time of all threads.
     ratios
@@ -174,7 +175,6 @@ class _Arm:
         self.variant, self._opened, self._bare = variant, opened, bare
         (self._name,) = opened.loss_data
         self.spent = _Spent(self._opened)
-        self.peak = 0
         self.clocks: list[_Clock] = []
         self.ratios: list[tuple[float, float]] = []
         self.entries: list[Mapping[str, Any]] = []
@@ -185,9 +185,7 @@ class _Arm:
         found: dict[str, _Clock] = {}
         for engine in order.sample((True, False), 2):
             if engine:
-                reset_peak()
                 found["replay"] = _Clock.of(lambda: self._replay(start, stop))
-                self.peak = max(self.peak, peak_bytes())
             else:
                 found["gradients"] = _Clock.of(lambda: self._bare.gradients(batches))
                 found["losses"] = _Clock.of(lambda: self._bare.losses(batches))
@@ -223,7 +221,7 @@ class _Arm:
         missing = (not rule.starts_at_start) + (not rule.ends_at_end)
         return missing * int((entries["status"] != Status.NOT_CHECKED).sum())
 
-    def cost(self) -> Cost:
+    def cost(self, peak: int) -> Cost:
         column = {name: np.concatenate([entry[name] for entry in self.entries]) for name in self.entries[0]}
         checked = column["status"] != Status.NOT_CHECKED
         change = np.abs(column["loss_end"] - column["loss_start"])[checked]
@@ -241,7 +239,7 @@ class _Arm:
             residual_median=float(np.median(relative)) if relative.size else float("nan"),
             residual_worst=float(relative.max()) if relative.size else float("nan"),
             unmet=int(((column["status"] == Status.TOLERANCE_NOT_MET) | (column["status"] == Status.NOT_FINITE)).sum()),
-            peak=self.peak,
+            peak=peak,
             ratio=statistics.median(ratio for ratio, _ in self.ratios),
             cpu_ratio=statistics.median(ratio for _, ratio in self.ratios),
             ratios=tuple(ratio for ratio, _ in self.ratios),
@@ -279,21 +277,21 @@ def measure(
     """
     order = random.Random(seed)  # noqa: S311 (no secret)
     run_id = Run(run).manifest.run_id
-    engines = [
-        Replayer(
-            Job(
-                run=str(run), run_id=run_id, loss_data=(variant.loss_data,), rule=variant.rule, rtol=1e-3, atol=0.0,
-                chunk=chunk, device=device, dtype=None, threads=threads, workload="recorded", data=None,
-                check_every=variant.check_every,
-            )
-        )
-        for variant in variants
-    ]  # fmt: skip
-    bare = _Bare(engines[0])
-    arms = [_Arm(engine, variant, bare) for engine, variant in zip(engines, variants, strict=True)]
-    for arm in arms:
+    bare: _Bare | None = None
+    costs = []
+    for variant in variants:
+        before = resident_bytes()
+        reset_peak()
+        job = Job(
+            run=str(run), run_id=run_id, loss_data=(variant.loss_data,), rule=variant.rule, rtol=1e-3, atol=0.0,
+            chunk=chunk, device=device, dtype=None, threads=threads, workload="recorded", data=None,
+            check_every=variant.check_every,
+        )  # fmt: skip
+        engine = Replayer(job)
+        bare = bare or _Bare(engine)
+        arm = _Arm(engine, variant, bare)
         arm.warm_up(chunk * turns)
-    for turn in range(turns):
-        for arm in order.sample(arms, len(arms)):
+        for turn in range(turns):
             arm.turn(turn * chunk, (turn + 1) * chunk, order)
-    return [arm.cost() for arm in arms]
+        costs.append(arm.cost(peak_bytes() - before))
+    return costs

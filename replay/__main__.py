@@ -197,6 +197,12 @@ def _replay(options: argparse.Namespace) -> int:
             f"dry run: {least}{evaluations} gradient evaluations, {written / 1e6:.1f} MB to write "
             f"({free / 1e9:.1f} GB free)"
         )
+        if tasks:
+            memory = max(opened.bytes_in_memory(task) for task in tasks)
+            commandline.say(
+                f"dry run: each worker holds up to {memory / 1e9:.2f} GB, beside Python's libraries and what a forward "
+                "and backward pass over one micro-batch takes"
+            )
         return commandline.DONE
     workers = options.workers or os.cpu_count() or 1
     for _ in with_progress(_run_tasks(job, tasks, workers) if tasks else iter(()), steps):

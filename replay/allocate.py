@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -355,36 +355,41 @@ def _once(line: _Line, rule: Rule) -> tuple[Combination, float]:
 
 
 def _halved(line: _Line, rule: AdaptiveRule, tolerance: Tolerance) -> tuple[Combination, float]:
-    # Simpson's rule first, from the gradients as they came: most steps are content with it. Borders and middles are
-    # summed without their weights, which change with the number of pieces.
-    pieces = 1
-    borders: list[Mapping[str, torch.Tensor]] = [line.at(0)]
-    middles = [line.at(node) for node in rule.middles(1)]
-    borders.append(line.at(1))
+    # Simpson's rule first, from the gradients as they came: most steps are content with it.
+    sixth = 1 / 6
+    start, middle = line.at(0), line.at(1 / 2)
+    mean = line.sum((sixth, start), (4 * sixth, middle), (sixth, line.at(1)))
+    total, pieces = dot(mean, line.delta), 1
     at_start, at_end = line.ends
     assert at_start is not None
     assert at_end is not None
-    while True:
-        mean = line.sum(
-            *((1 / (6 * pieces), gradient) for gradient in borders),
-            *((4 / (6 * pieces), gradient) for gradient in middles),
-        )
-        total = dot(mean, line.delta)
-        residual = total - (at_end.loss - at_start.loss)
-        unmet = tolerance.status(residual, at_start.loss, at_end.loss) is Status.TOLERANCE_NOT_MET
-        if not unmet or pieces == rule.most_pieces:
-            return mean, total
+    change = at_end.loss - at_start.loss
+    borders: dict[str, torch.Tensor] = {}
+    middles: dict[str, torch.Tensor] = {}
+    while (
+        pieces < rule.most_pieces
+        and tolerance.status(total - change, at_start.loss, at_end.loss) is Status.TOLERANCE_NOT_MET
+    ):
+        # Two sums in float64 then stand for all gradients. They are kept without their weights, which change with the
+        # number of pieces.
+        if pieces == 1:
+            for ends in (at_start.gradient, at_end.gradient):
+                _add(borders, ends)
+            _add(middles, middle)
         pieces *= 2
-        borders = [_summed([(1.0, gradient) for gradient in borders] + [(2.0, gradient) for gradient in middles])]
-        middles = [_summed((1.0, line.at(node)) for node in rule.middles(pieces))]
+        _add(borders, middles, 2)
+        for entries in middles.values():
+            entries.zero_()
+        for node in rule.middles(pieces):
+            _add(middles, line.at(node))
+        sixth = 1 / (6 * pieces)
+        mean = line.sum((sixth, borders), (4 * sixth, middles))
+        total = dot(mean, line.delta)
+    return mean, total
 
 
-def _summed(terms: Iterable[tuple[float, Mapping[str, torch.Tensor]]]) -> Mapping[str, torch.Tensor]:
-    # In memory: what it is the sum of, gradients of the model's size, may go.
-    total: dict[str, torch.Tensor] = {}
-    for weight, tensors in terms:
-        for name, tensor in tensors.items():
-            if name not in total:
-                total[name] = torch.zeros_like(tensor, dtype=torch.float64)
-            total[name].add_(tensor, alpha=weight)
-    return total
+def _add(total: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], weight: float = 1) -> None:
+    for name, tensor in tensors.items():
+        if name not in total:
+            total[name] = torch.zeros_like(tensor, dtype=torch.float64)
+        total[name].add_(tensor, alpha=weight)

@@ -22,6 +22,7 @@ from replay import lossdata
 from replay.allocate import Allocation, Tolerance, allocate, by_weight
 from replay.examples import Grouped
 from replay.gradients import Evaluation, LossSurface, Theta
+from replay.memory import bytes_of_worker
 from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
 from replay.reading import ReadAhead
@@ -229,6 +230,22 @@ class Replayer:
     def _evaluated(self, name: str) -> list[str]:
         data = self.loss_data[name]
         return [part.name for part in data.parts] if isinstance(data, Grouped) else [name]
+
+    def bytes_in_memory(self, task: Task) -> int:
+        """Estimate what a worker on a task holds at most, as `replay.memory` has it.
+
+        Parameters
+        ----------
+        task
+            The task.
+
+        Returns
+        -------
+        int
+            Bytes, beside those of Python and its libraries and of one pass over a micro-batch.
+        """
+        data = [self.loss_data[name] for name in task.loss_data]
+        return bytes_of_worker(self._trained, self.rule, self._precision, data, self.bytes_written(task))
 
     def bytes_written(self, task: Task) -> int:
         """Count the bytes of a task's shards, without their headers.

@@ -79,7 +79,7 @@ def test_the_halves_of_a_sample_add_up_to_it(trainings: dict[str, Any], task: st
     assert sum(float(of_half) for of_half, _ in parts) == pytest.approx(float(loss), rel=1e-5)
     with pytest.raises(UsageError, match="a single sentence does not fit into memory"):
         workload.halve(workload.batch([9], split="train", epoch=1))
-    with pytest.raises(MismatchError, match="cannot be cut in two: expected 7 tokens in the target or the source"):
+    with pytest.raises(MismatchError, match="cannot be cut in two: expected its 7 tokens in the target or the source"):
         workload.halve({**sample, "ntokens": 7})
 
 
