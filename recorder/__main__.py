@@ -131,6 +131,7 @@ def _info(options: argparse.Namespace) -> int:
         "path": manifest.path,
         "trainer": f"{manifest.trainer.name} {manifest.trainer.version}",
         "steps": describe_ranges(run.consecutive),
+        "pruned_steps": describe_ranges(run.pruned),
         "selected_steps": manifest.steps,
         "segments": len(run.segments),
         "bytes": size,
@@ -179,10 +180,11 @@ def _verify(options: argparse.Namespace) -> int:
                 else "; the run cannot be read without it"
             )
             commandline.result(f"{damage.file}: {damage.found}{lost}")
+        pruned = f"; pruned: {describe_ranges(verdict.pruned)}" if verdict.pruned else ""
         left = f"; {verdict.unfinished} segments in the making" if verdict.unfinished else ""
         commandline.result(
             f"{verdict.run}: {verdict.files} files, {verdict.bytes:,} bytes read, {len(verdict.damages)} damaged; "
-            f"usable: {describe_ranges(verdict.usable)}{left}"
+            f"usable: {describe_ranges(verdict.usable)}{pruned}{left}"
         )
     if options.set_aside:
         for file in set_aside(verdict):

@@ -6,20 +6,17 @@ Part of the run format (`recorder.runformat`, docs/formats/run.md). Ground floor
 from __future__ import annotations
 
 import dataclasses
-import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recorder import durable
-from recorder.errors import DamagedFileError, FormatError, UsageError
+from recorder import sealedjson
+from recorder.errors import FormatError, UsageError
 from recorder.table import Parameter
 
 FORMAT = "lossledger-run"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
-_SEAL = ',\n "crc32": "'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,8 +236,7 @@ class Manifest:
         run
             The run's folder.
         """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False).removesuffix("\n}")
-        durable.write_text(run / MANIFEST_FILE, _sealed(text))
+        sealedjson.write(run / MANIFEST_FILE, self.to_dict())
 
     @classmethod
     def read(cls, run: Path) -> Manifest:
@@ -254,16 +250,12 @@ class Manifest:
         Returns
         -------
         Manifest
-            The manifest.
+            The manifest. A `FormatError` or a `DamagedFileError` tells if it is none, or damaged.
 
         Raises
         ------
         UsageError
             If there is no such folder, or it is no run.
-        FormatError
-            If the manifest is no JSON object.
-        DamagedFileError
-            If it fails its checksum.
         """
         run = Path(run)
         file = run / MANIFEST_FILE
@@ -273,22 +265,4 @@ class Manifest:
         if not file.is_file():
             message = f"{run} is no run: it holds no {MANIFEST_FILE}. A run is the folder given to recorder.watch"
             raise UsageError(message)
-        try:
-            text = file.read_text(encoding="utf-8")
-            document = json.loads(text)
-        except (OSError, ValueError) as error:
-            message = f"{file}: cannot be read as JSON ({error})"
-            raise FormatError(message) from error
-        if not isinstance(document, dict):
-            message = f"{file}: expected a JSON object, found {type(document).__name__}"
-            raise FormatError(message)
-        ours = (document.get("format"), document.get("version")) == (FORMAT, VERSION)
-        if ours and text != _sealed(text.rpartition(_SEAL)[0]):
-            message = f"{file}: is damaged: it fails its own CRC-32. Restore it from a copy"
-            raise DamagedFileError(message)
-        return cls.from_dict(document, str(file))
-
-
-def _sealed(text: str) -> str:
-    # The last entry covers all that stands before it, so that a flipped bit anywhere shows.
-    return f'{text}{_SEAL}{zlib.crc32(text.encode()):08x}"\n}}\n'
+        return cls.from_dict(sealedjson.read(file, (FORMAT, VERSION)), str(file))

@@ -21,6 +21,7 @@ import torch
 from recorder import tensorfile
 from recorder.errors import DamagedFileError, UsageError
 from recorder.manifest import FORMAT, VERSION, Attempt, Manifest
+from recorder.pruned import pruned_segments
 from recorder.ranges import describe_ranges, joined_ranges
 from recorder.segments import Segment, SegmentName, list_segments, segment_file
 from recorder.selection import StepSelection
@@ -124,7 +125,9 @@ class Run:
             raise UsageError(message)
         self._selection = StepSelection(self.manifest.steps)
         self._files = list_segments(self.path)
-        self._timeline = timeline(self._files, self.manifest.attempts[: attempt or None])
+        pruned = pruned_segments(self.path)
+        self._whole_timeline = timeline(sorted([*self._files, *pruned]), self.manifest.attempts[: attempt or None])
+        self._timeline = [part for part in self._whole_timeline if part.segment not in set(pruned)]
         self._open: dict[int, Segment] = {}
         self._untrained: dict[str, torch.Tensor] | None = None
 
@@ -134,10 +137,37 @@ class Run:
         return [(part.start, part.stop) for part in self._timeline]
 
     @property
+    def pruned(self) -> list[tuple[int, int]]:
+        """Start and stop of every range of steps that were recorded, and deleted on purpose since."""
+        there = set(self._timeline)
+        return joined_ranges([(part.start, part.stop) for part in self._whole_timeline if part not in there])
+
+    def files_of(self, start: int, stop: int) -> list[SegmentName]:
+        """Name the segments that hold nothing but a range of steps, and steps that a later attempt replaced.
+
+        Parameters
+        ----------
+        start, stop
+            The range of steps.
+
+        Returns
+        -------
+        list of SegmentName
+            Of all processes.
+        """
+        needed = {part.segment for part in self._timeline if part.start < start or part.stop > stop}
+        within = [part.segment for part in self._timeline if part.segment not in needed]
+        return [
+            name
+            for name in self._files
+            if any(name.attempt == own.attempt and own.start <= name.start and name.stop <= own.stop for own in within)
+        ]
+
+    @property
     def attempts(self) -> list[tuple[int, int, int]]:
-        """Number of the attempt, start and stop of every range of steps that one attempt recorded."""
+        """Number of the attempt, start and stop of every range of steps that one attempt recorded, pruned or not."""
         ranges: list[tuple[int, int, int]] = []
-        for part in self._timeline:
+        for part in self._whole_timeline:
             if ranges and ranges[-1][0] == part.segment.attempt and ranges[-1][2] == part.start:
                 ranges[-1] = (part.segment.attempt, ranges[-1][1], part.stop)
             else:

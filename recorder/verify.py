@@ -11,6 +11,7 @@ from typing import Any
 from recorder import growing
 from recorder.errors import LossledgerError
 from recorder.manifest import MANIFEST_FILE, Manifest
+from recorder.pruned import pruned_segments
 from recorder.ranges import describe_ranges, joined_ranges
 from recorder.runfolder import TRAINER_FOLDER
 from recorder.runformat import UNTRAINED_FILE, Run, open_once, optimizer_file, timeline
@@ -55,6 +56,8 @@ class Verdict:
         Ranges of steps that can be replayed as they are.
     unfinished
         Segments in the making: of a recording that goes on, or left by a kill.
+    pruned
+        Ranges of steps that were deleted on purpose.
     """
 
     run: str
@@ -63,6 +66,7 @@ class Verdict:
     damages: tuple[Damage, ...]
     usable: tuple[tuple[int, int], ...]
     unfinished: int
+    pruned: tuple[tuple[int, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as plain JSON types.
@@ -111,7 +115,8 @@ def verify(path: Path, progress: Callable[[Path], None] = lambda file: None) -> 
     damages += _strange_files(path)
     selection = StepSelection(manifest.steps)
     whole = timeline(good, manifest.attempts)
-    missing = _missing(path, manifest, names, selection)
+    pruned = pruned_segments(path)
+    missing = _missing(path, manifest, sorted([*names, *pruned]), selection)
     damages += missing
     kept = [(t, t + 1) for part in whole for t in selection.between(part.start, part.stop)]
     fatal = any(not damage.lost and damage not in missing for damage in damages)
@@ -122,6 +127,7 @@ def verify(path: Path, progress: Callable[[Path], None] = lambda file: None) -> 
         damages=tuple(damages),
         usable=() if fatal else tuple(joined_ranges(kept)),
         unfinished=len(growing.unfinished(path / SEGMENTS_FOLDER)),
+        pruned=tuple(joined_ranges([(name.start, name.stop) for name in pruned if name.rank == 0])),
     )
 
 
