@@ -57,8 +57,7 @@ def test_a_damaged_segment_is_told_after_the_steps_before_it(run: Path) -> None:
     found: list[RecordedStep] = []
     steps = _reader(run).steps(0, STEPS)
     with pytest.raises(DamagedFileError):
-        while True:
-            found.append(next(steps))
+        found.extend(steps)
     assert 0 < len(found) < STEPS
 
 
