@@ -141,7 +141,7 @@ class _Spent:
 
     def __init__(self, opened: Replayer) -> None:
         self.seconds = dict.fromkeys(("gradients", "losses", "waiting for the reader", "sums", "writing shards"), 0.0)
-        surface, reader = opened._surface, opened._reader
+        surface, reader = opened.surface, opened._reader
         surface.evaluate = self._timed("gradients", surface.evaluate)
         surface.loss = self._timed("losses", surface.loss)
         reader.steps = self._streamed("waiting for the reader", reader.steps)
@@ -149,10 +149,10 @@ class _Spent:
             folder.write = self._timed("writing shards", folder.write)
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*given: Any) -> Any:
+        def timed(*given: Any, **options: Any) -> Any:
             began = time.perf_counter()
             try:
-                return call(*given)
+                return call(*given, **options)
             finally:
                 self.seconds[name] += time.perf_counter() - began
 

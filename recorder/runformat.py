@@ -198,9 +198,18 @@ class Run:
     @property
     def consecutive(self) -> list[tuple[int, int]]:
         """Start and stop of every range of consecutive recorded steps."""
+        return self._consecutive(self._timeline)
+
+    @property
+    def ever_recorded(self) -> list[tuple[int, int]]:
+        """The same as `consecutive`, with the steps that were pruned since."""
+        return self._consecutive(self._whole_timeline)
+
+    def _consecutive(self, parts: Sequence[Part]) -> list[tuple[int, int]]:
+        ranges = [(part.start, part.stop) for part in parts]
         if self._selection.text == "all":
-            return joined_ranges(self.segments)
-        return joined_ranges([(t, t + 1) for t in self.steps])
+            return joined_ranges(ranges)
+        return joined_ranges([(t, t + 1) for start, stop in ranges for t in self._selection.between(start, stop)])
 
     def _part(self, t: int) -> Part | None:
         if not self._selection.keeps(t):

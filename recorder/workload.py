@@ -29,7 +29,10 @@ class Workload(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Return the loss summed over predictions, in nats, and the number of predictions."""
+        """Return the loss summed over predictions, in nats, and the number of predictions.
+
+        ``model.training`` tells whether dropout is wanted; what else has a mode follows it.
+        """
         ...
 
 

@@ -18,7 +18,9 @@ from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
 from recorder.recovery import recover
 from recorder.runformat import Run
-from replay import lossdata
+from replay import dropout, entries, lossdata
+from replay.chunks import parse_windows
+from replay.passes import check_recipe, check_table
 from replay.precision import PRECISIONS
 from replay.progress import with_progress
 from replay.quadrature import ADAPTIVE, RULES, AdaptiveRule
@@ -75,6 +77,19 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(PRECISIONS),
         help="of loss and gradient; sums are in float64 (default: float32, float64 where training recorded that)",
     )
+    parser.add_argument(
+        "--dropout",
+        choices=[dropout.OFF, dropout.RECORDED],
+        default=dropout.OFF,
+        help="recorded: on loss data batch the model is in training mode and draws what the training drew; on other "
+        "loss data dropout is always off (default %(default)s)",
+    )
+    parser.add_argument(
+        "--per-parameter",
+        metavar="WINDOWS",
+        help="keep also the LCA of every single entry, summed over windows of steps such as 0:100,100:1000, or over "
+        "all; a window takes 8 bytes an entry for each loss data",
+    )
     parser.add_argument("--workload", metavar="MODULE:FUNCTION", help="what rebuilds the training; or 'recorded'")
     parser.add_argument("--data", metavar="FOLDER", help="where fairseq's binarised data is now, if it has moved")
     parser.add_argument("--dry-run", action="store_true", help="check, say what would be done, and stop")
@@ -111,6 +126,15 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
         message = "--device cuda: torch finds no CUDA device here; pass --device cpu"
         raise UsageError(message)
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    device = "cuda" if on_gpu else "cpu"
+    if options.dropout == dropout.RECORDED:
+        if "batch" not in {request.kind for request in requests}:
+            message = (
+                f"--dropout recorded: random states are recorded for the training's own batches, and the loss data is "
+                f"{', '.join(names)}; add --loss-data batch"
+            )
+            raise UsageError(message)
+        dropout.refuse_if_not_recorded(run, device)
     return Job(
         run=str(options.run),
         run_id=run.manifest.run_id,
@@ -119,12 +143,14 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
         rtol=options.rtol,
         atol=options.atol,
         chunk=options.chunk,
-        device="cuda" if on_gpu else "cpu",
+        device=device,
         dtype=options.dtype,
         threads=options.threads,
         check_every=options.check_every,
         workload=options.workload,
         data=None if options.data is None else str(Path(options.data).resolve()),
+        dropout=options.dropout,
+        windows=() if options.per_parameter is None else parse_windows(options.per_parameter, run.ever_recorded),
     )
 
 
@@ -161,8 +187,19 @@ def _remove_stale(run: Run, opened: Replayer) -> None:
     stale = [(folder, entry) for folder in opened.folders.values() for entry in folder.stale(run.attempts_within)]
     for folder, (start, stop) in stale:
         folder.remove(start, stop)
+    sums = sum(
+        entries.remove_stale(folder.path, run.ever_recorded, run.attempts_within) for folder in opened.folders.values()
+    )
+    if sums:
+        commandline.say(f"{run.path}: {sums} files of entries summed over steps that were recorded anew are removed")
     if stale:
         commandline.say(f"{run.path}: {len(stale)} shards of steps that were recorded anew are removed")
+
+
+def _say_dropout(opened: Replayer) -> str:
+    off = [name for name in opened.loss_data if opened.dropout_of(name) == dropout.OFF]
+    recorded = [name for name in opened.loss_data if name not in off]
+    return f"dropout as recorded on {', '.join(recorded)}" + (f", off on {', '.join(off)}" if off else "")
 
 
 def _run_tasks(job: Job, tasks: Sequence[Task], workers: int) -> Iterator[Receipt]:
@@ -180,22 +217,31 @@ def _replay(options: argparse.Namespace) -> int:
     if not options.dry_run:
         _remove_stale(run, opened)
     consecutive = run.consecutive
-    tasks = _wanted(options.steps, plan(job, opened.folders, consecutive, again=options.overwrite))
+    for of_entries in opened.entries.values():
+        of_entries.refuse_pruned(consecutive)
+    to_do = plan(job, opened.folders, consecutive, entries=opened.entries, again=options.overwrite)
+    tasks = _wanted(options.steps, to_do)
     steps = sum(task.stop - task.start for task in tasks)
     commandline.say(
         f"{run.path}: {describe_ranges(consecutive)} recorded; loss data {', '.join(opened.folders)}; "
         f"{job.rule} rule; {steps} steps to do in {len(tasks)} shards"
     )
+    check_table(run, opened.surface.shapes)
+    if options.dropout == dropout.RECORDED:
+        commandline.say(f"{run.path}: {_say_dropout(opened)}")
     report = check_update(run, opened.workload, data=opened.collates)
-    commandline.say(f"self-check: {report.text}")
+    # Only of what is to be computed: a rerun that finds everything done has nothing to check.
+    work_on = {name for task in tasks for name in task.loss_data}
+    commandline.say(f"self-check: {'; '.join([report.text, *check_recipe(opened, work_on)])}")
     if options.dry_run:
         evaluations = sum(opened.evaluations(task) for task in tasks)
         free = shutil.disk_usage(run.path).free
         written = sum(opened.bytes_written(task) for task in tasks)
+        kept = sum(of_entries.bytes_to_come for of_entries in opened.entries.values())
         least = "at least " if isinstance(opened.rule, AdaptiveRule) else ""
         commandline.say(
-            f"dry run: {least}{evaluations} gradient evaluations, {written / 1e6:.1f} MB to write "
-            f"({free / 1e9:.1f} GB free)"
+            f"dry run: {least}{evaluations} gradient evaluations, {written / 1e6:.1f} MB to write"
+            f"{f' and {kept / 1e6:.1f} MB of single entries' if kept else ''} ({free / 1e9:.1f} GB free)"
         )
         if tasks:
             memory = max(opened.bytes_in_memory(task) for task in tasks)
@@ -204,9 +250,14 @@ def _replay(options: argparse.Namespace) -> int:
                 "and backward pass over one micro-batch takes"
             )
         return commandline.DONE
+    for of_entries in opened.entries.values():
+        if options.overwrite:
+            of_entries.remove_sums_of((task.start, task.stop) for task in tasks)
+        of_entries.add_up()
     workers = options.workers or os.cpu_count() or 1
-    for _ in with_progress(_run_tasks(job, tasks, workers) if tasks else iter(()), steps):
-        pass
+    for receipt in with_progress(_run_tasks(job, tasks, workers) if tasks else iter(()), steps):
+        for name in receipt.task.loss_data:
+            opened.entries[name].add_up()
     return _conclude(options, opened)
 
 
@@ -215,6 +266,12 @@ def _conclude(options: argparse.Namespace, opened: Replayer) -> int:
     for name, summary in summaries.items():
         for line in summary.lines(name):
             commandline.say(line)
+    files = {name: [str(path) for path in opened.entries[name].finished()] for name in summaries}
+    for name in summaries:
+        for (start, stop), there, of in opened.entries[name].unfinished():
+            commandline.say(
+                f"{name}: entries of steps {start}:{stop} are there for {there} of {of} chunks; replay the others too"
+            )
     if options.json:
         commandline.result(
             json.dumps(
@@ -225,6 +282,7 @@ def _conclude(options: argparse.Namespace, opened: Replayer) -> int:
                         "status": {status.name.lower(): count for status, count in summary.counts.items()},
                         # JSON has no NaN.
                         "worst_residual": summary.residual_worst if math.isfinite(summary.residual_worst) else None,
+                        **({"entries": files[name]} if opened.job.windows else {}),
                     }
                     for name, summary in summaries.items()
                 }
@@ -233,6 +291,8 @@ def _conclude(options: argparse.Namespace, opened: Replayer) -> int:
     else:
         for name in summaries:
             commandline.result(str(opened.folders[name].path))
+            for file in files[name]:
+                commandline.result(file)
     balanced = all(summary.balanced for summary in summaries.values())
     return commandline.DONE if balanced else commandline.TOLERANCE_NOT_MET
 

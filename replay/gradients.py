@@ -6,19 +6,24 @@ Sums and counts, exactly as training normalises them: L = Σ loss sums / Σ pred
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recorder.errors import FormatError
+from replay.dropout import as_recorded
 from replay.splitting import Pieces
 from replay.unitsums import Combination, dots
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import nn
 
     from recorder.workload import Workload
+    from replay.dropout import RandomStates
     from replay.precision import Precision
 
 Theta = Mapping[str, torch.Tensor]
@@ -81,7 +86,9 @@ def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, 
 
 
 class LossSurface:
-    """A model as a function from parameters and micro-batches to loss and gradient, dropout off.
+    """A model as a function from parameters and micro-batches to loss and gradient.
+
+    Dropout is off, unless an evaluation is given the random states to draw it from.
 
     Parameters
     ----------
@@ -130,7 +137,7 @@ class LossSurface:
             parameter.requires_grad_(name in self._parameters)
         set_parameters({name: present[name] for name in fixed}, fixed)
         self._theta: Theta | None = None
-        self._pieces = Pieces(workload, self._measure, precision.epsilon)
+        self._pieces = Pieces(workload, torch.no_grad()(self._measure), precision.epsilon)
 
     def _stand_at(self, theta: Theta) -> None:
         # A step begins where the one before it, on other examples, has ended.
@@ -138,6 +145,11 @@ class LossSurface:
             self._theta = None
             set_parameters(self._parameters, theta)
             self._theta = theta
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every parameter of the model."""
+        return {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
 
     def hold(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Set buffers of the model, for all evaluations to come.
@@ -166,6 +178,8 @@ class LossSurface:
         theta: Mapping[str, torch.Tensor],
         micro_batches: Sequence[Any],
         direction: Mapping[str, torch.Tensor] | None = None,
+        *,
+        states: RandomStates | None = None,
     ) -> Evaluation:
         """Compute loss and gradient at parameters `theta`.
 
@@ -177,6 +191,9 @@ class LossSurface:
             On this surface's device.
         direction
             For every trained parameter a float64 tensor in its shape, to tell the micro-batches apart along it.
+        states
+            For every micro-batch the random states that its dropout is drawn from, in training mode; None for dropout
+            off.
 
         Returns
         -------
@@ -187,7 +204,9 @@ class LossSurface:
         if direction is not None:
             # Looked at once for every micro-batch.
             direction = dict(direction)
-        loss_sum, counts, reached = self._pieces.fit(micro_batches, lambda: self._accumulate(micro_batches, direction))
+        loss_sum, counts, reached = self._pieces.fit(
+            micro_batches, lambda: self._accumulate(micro_batches, direction, states), whole=states is not None
+        )
         predictions = sum(counts)
         gradient = {}
         for name, parameter in self._parameters.items():
@@ -202,23 +221,25 @@ class LossSurface:
         return Evaluation(loss=loss_sum / predictions, gradient=gradient, counts=tuple(counts), along=along)
 
     def _accumulate(
-        self, micro_batches: Sequence[Any], direction: Theta | None
+        self, micro_batches: Sequence[Any], direction: Theta | None, states: RandomStates | None
     ) -> tuple[float, list[float], list[torch.Tensor]]:
         # From the start: a pass that ran out of memory leaves gradients of some parameters behind.
         for parameter in self._parameters.values():
             parameter.grad = None
         loss_sum, counts, reached = 0.0, [], []
-        for position in range(len(micro_batches)):
-            of_micro_batch = 0.0
-            for piece in self._pieces.each(position):
-                with self.precision.forward(self.device):
-                    loss, count = self._workload.loss(self._model, self.precision.converted(piece))
-                loss.backward()  # type: ignore[no-untyped-call]
-                loss_sum += float(loss.detach())
-                of_micro_batch += float(count)
-            counts.append(of_micro_batch)
-            if direction is not None:
-                reached.append(self._along(direction))
+        with self._mode(states) as draw:
+            for position in range(len(micro_batches)):
+                draw(position)
+                of_micro_batch = 0.0
+                for piece in self._pieces.each(position):
+                    with self.precision.forward(self.device):
+                        loss, count = self._workload.loss(self._model, self.precision.converted(piece))
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss_sum += float(loss.detach())
+                    of_micro_batch += float(count)
+                counts.append(of_micro_batch)
+                if direction is not None:
+                    reached.append(self._along(direction))
         return loss_sum, counts, reached
 
     def _along(self, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -226,12 +247,14 @@ class LossSurface:
         gradients = {name: tensor.grad for name, tensor in self._parameters.items() if tensor.grad is not None}
         return dots(Combination([(1.0, gradients)], like=self._parameters), direction)
 
-    def loss(self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any]) -> float:
+    def loss(
+        self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], *, states: RandomStates | None = None
+    ) -> float:
         """Compute the mean loss alone.
 
         Parameters
         ----------
-        theta, micro_batches
+        theta, micro_batches, states
             As for `evaluate`.
 
         Returns
@@ -240,17 +263,30 @@ class LossSurface:
             In nats.
         """
         self._stand_at(theta)
-
-        def total() -> tuple[float, float]:
-            measured = [
-                self._measure(piece) for position in range(len(micro_batches)) for piece in self._pieces.each(position)
-            ]
-            return sum(loss for loss, _ in measured), sum(count for _, count in measured)
-
-        loss_sum, predictions = self._pieces.fit(micro_batches, total)
+        # Where no gradient is wanted torch may choose another attention kernel, which draws another dropout.
+        with torch.set_grad_enabled(states is not None):
+            loss_sum, predictions = self._pieces.fit(
+                micro_batches, lambda: self._total(micro_batches, states), whole=states is not None
+            )
         return loss_sum / predictions
 
+    def _total(self, micro_batches: Sequence[Any], states: RandomStates | None) -> tuple[float, float]:
+        loss_sum, predictions = 0.0, 0.0
+        with self._mode(states) as draw:
+            for position in range(len(micro_batches)):
+                draw(position)
+                for piece in self._pieces.each(position):
+                    loss, count = self._measure(piece)
+                    loss_sum += loss
+                    predictions += count
+        return loss_sum, predictions
+
     def _measure(self, micro_batch: Any) -> tuple[float, float]:
-        with torch.no_grad(), self.precision.forward(self.device):
+        with self.precision.forward(self.device):
             loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
-            return float(loss), float(count)
+        return float(loss.detach()), float(count)
+
+    def _mode(self, states: RandomStates | None) -> AbstractContextManager[Callable[[int], None]]:
+        if states is None:
+            return nullcontext(lambda position: None)
+        return as_recorded(self._model, states, self.device)

@@ -39,7 +39,8 @@ SIXTEEN_BIT_UPDATE_TOLERANCE = 0.2
 
 MOST_STEPS = 3
 _CAUSES = (
-    "Likely causes: other data, changed code, another order of rows, or random numbers drawn elsewhere in the loop"
+    "Likely causes: other data, changed code, another order of rows, or random numbers drawn elsewhere in the loop. "
+    "Replay with the code and the data of the training (--workload, --data)"
 )
 
 
@@ -109,9 +110,11 @@ def check_update(run: Run, workload: Workload, *, data: bool) -> Report:
         )
         exact = True
         known_parameters = False
+        # The optimizer's state is kept for the first recorded step alone.
+        pruned = any(start < first.step for start, _ in run.pruned)
         for step, update in zip(steps, updates, strict=True):
             exact &= _compare_losses(run, step, update, sixteen_bit, exactly=exactly)
-            if update.parameters and same_recipe:
+            if update.parameters and same_recipe and not pruned:
                 known_parameters = True
                 exact &= _compare_parameters(run, step, update, theta, _update_tolerance(sixteen_bit, exactly=exactly))
             theta = run.parameters(step.step + 1)
@@ -120,7 +123,8 @@ def check_update(run: Run, workload: Workload, *, data: bool) -> Report:
     if not known_losses:
         not_compared.append("losses not compared: the training did not tell them, see Recording.loss")
     if not known_parameters:
-        reason = why_not_repeatable(run.manifest) if same_recipe else "another recipe"
+        reason = "another recipe" if not same_recipe else why_not_repeatable(run.manifest)
+        reason = "the steps before were pruned, and with them the optimizer's state" if pruned else reason
         not_compared.append(f"parameters not compared: {reason}")
     rounding = "" if sixteen_bit is None else f" of {str(sixteen_bit).removeprefix('torch.')}"
     how = ", bit for bit" if exact else f" within rounding{rounding}"
@@ -143,8 +147,19 @@ def _processes(run: Run) -> int:
     return next(attempt.processes for attempt in run.manifest.attempts if attempt.number == number)
 
 
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    # A training that diverged in its first steps holds NaN, which differs from itself.
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Compare two tensors entry by entry.
+
+    Parameters
+    ----------
+    left, right
+        The tensors.
+
+    Returns
+    -------
+    bool
+        Whether they are the same; NaN counts as NaN, for a training that diverged in its first steps holds it.
+    """
     return torch.equal(left, right) or bool(((left == right) | (left.isnan() & right.isnan())).all())
 
 
@@ -154,7 +169,7 @@ def _steps_to_repeat(run: Run) -> list[Step]:
     for t in range(first, min(stop, first + MOST_STEPS)):
         steps.append(run.step(t))
         before, after = run.parameters(t), run.parameters(t + 1)
-        if any(not _same(before[name], after[name]) for name in after):
+        if any(not same(before[name], after[name]) for name in after):
             break
     return steps
 
@@ -219,7 +234,7 @@ def _compare_parameters(
     run: Run, step: Step, update: RepeatedUpdate, before: Mapping[str, torch.Tensor], tolerance: float
 ) -> bool:
     recorded = run.parameters(step.step + 1)
-    different = [name for name in recorded if not _same(recorded[name], update.parameters[name])]
+    different = [name for name in recorded if not same(recorded[name], update.parameters[name])]
     if not different:
         return True
     errors = {name: (update.parameters[name].double() - recorded[name].double()).norm().item() for name in different}

@@ -141,7 +141,7 @@ class Pieces:
             self._at = (position, number)
             yield piece
 
-    def fit(self, micro_batches: Sequence[Any], work: Callable[[], Result]) -> Result:
+    def fit(self, micro_batches: Sequence[Any], work: Callable[[], Result], *, whole: bool = False) -> Result:
         """Do work on micro-batches, cutting what does not fit and starting again.
 
         Parameters
@@ -152,10 +152,18 @@ class Pieces:
         work
             Goes through `each` of them.
 
+        whole
+            Refuse to cut: the dropout that training drew for a batch is not that of its parts.
+
         Returns
         -------
         Result
             Of the work.
+
+        Raises
+        ------
+        UsageError
+            If something does not fit and must not be cut.
         """
         if micro_batches is not self._of:
             self._of, self._pieces = micro_batches, [[micro_batch] for micro_batch in micro_batches]
@@ -165,6 +173,12 @@ class Pieces:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                if whole:
+                    message = (
+                        "a micro-batch does not fit into memory, and with --dropout recorded it cannot be cut in two; "
+                        "use a device with more of it, fewer --workers, or --dropout off"
+                    )
+                    raise UsageError(message) from error
             # Only out here has the error let go of what the failed pass had in memory.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -18,8 +18,10 @@ from recorder.loading import load_workload
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
-from replay import lossdata
+from replay import dropout, lossdata
 from replay.allocate import Allocation, Tolerance, allocate, by_weight
+from replay.chunks import chunks
+from replay.entries import EntryFolder
 from replay.examples import Grouped
 from replay.gradients import Evaluation, LossSurface, Theta
 from replay.memory import bytes_of_worker
@@ -60,6 +62,10 @@ class Job:
         As on the command line.
     check_every
         Take the losses at both ends at steps that are multiples of this.
+    dropout
+        ``off``, or ``recorded`` for the loss data whose examples the training saw in that order.
+    windows
+        Start and stop of the windows of steps whose LCA is kept for every entry.
     """
 
     run: str
@@ -75,6 +81,8 @@ class Job:
     workload: str | None
     data: str | None
     check_every: int = 1
+    dropout: str = dropout.OFF
+    windows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,19 +136,19 @@ class Replayer:
         self.run = Run(Path(job.run))
         self.rule = rule_named(job.rule)
         trained = self.run.manifest.trained
-        self._precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
-        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self._precision.epsilon)
+        self.precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
+        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self.precision.epsilon)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self._device = torch.device(job.device)
         self._trained = trained
         self._held = bool(self.run.manifest.buffers)
-        self._reader = ReadAhead(self.run, self._device, self._precision)
-        self._surface = LossSurface(
+        self._reader = ReadAhead(self.run, self._device, self.precision)
+        self.surface = LossSurface(
             self.workload,
             [parameter.name for parameter in self._trained],
             self.run.untrained(),
             self._device,
-            self._precision,
+            self.precision,
         )
         first = self.run.step(self.run.steps[0])
         requests = [lossdata.parse(text) for text in job.loss_data]
@@ -148,6 +156,10 @@ class Replayer:
         self.loss_data = {data.name: data for data in built}
         self._in_groups = {part.name for data in built if isinstance(data, Grouped) for part in data.parts}
         self.folders = {name: self._folder(name) for name in self.loss_data}
+        self.entries = {
+            name: EntryFolder(folder, job.windows, self.run.ever_recorded, self.run.attempts_within)
+            for name, folder in self.folders.items()
+        }
 
     @property
     def collates(self) -> bool:
@@ -165,9 +177,9 @@ class Replayer:
             rule=self.job.rule,
             rtol=self.job.rtol,
             atol=self.job.atol,
-            dropout="off",
+            dropout=self.dropout_of(name),
             chunk=self.job.chunk,
-            recipe={**current_recipe(self._device), "dtype": self._precision.name},
+            recipe={**current_recipe(self._device), "dtype": self.precision.name},
             check_every=self.job.check_every,
         )
         provenance = {
@@ -177,6 +189,62 @@ class Replayer:
             "buffers": list(manifest.buffers),
         }
         return ShardFolder.create(self.run.path, settings, manifest.parameters, provenance)
+
+    def dropout_of(self, name: str) -> str:
+        """Say how a loss data is measured.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+
+        Returns
+        -------
+        str
+            ``recorded`` only on the recorded batches: to other examples no recorded random state belongs.
+        """
+        return self.job.dropout if isinstance(self.loss_data[name], RecordedBatch) else dropout.OFF
+
+    def random_states(self, name: str, step: Step) -> dropout.RandomStates | None:
+        """Return what the dropout of a step is drawn from.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+        step
+            The recorded step.
+
+        Returns
+        -------
+        sequence of mapping, or None
+            Of every micro-batch; None where dropout is off.
+        """
+        if self.dropout_of(name) == dropout.OFF:
+            return None
+        return [micro_batch.random_state for micro_batch in step.micro_batches]
+
+    def evaluate(self, t: int, name: str) -> Evaluation:
+        """Measure loss and gradient at the start of a step.
+
+        Parameters
+        ----------
+        t
+            The step.
+        name
+            The loss data.
+
+        Returns
+        -------
+        Evaluation
+            At θ_t.
+        """
+        step = self.run.step(t)
+        if self._held:
+            self.surface.hold(self.run.buffers(t))
+        return self.surface.evaluate(
+            self._theta(t), self.loss_data[name].micro_batches(step), states=self.random_states(name, step)
+        )
 
     def replay(self, task: Task) -> Receipt:
         """Allocate every step of a chunk and write one shard for each loss data.
@@ -193,13 +261,16 @@ class Replayer:
         """
         steps = range(task.start, task.stop)
         rows = {name: Rows(len(steps), self._trained, self._tolerance) for name in task.loss_data}
+        kept = {name: self.entries[name].collect(task.start, task.stop) for name in task.loss_data}
         known: dict[str, Evaluation | None] = {}
         for step in self._reader.steps(task.start, task.stop):
             if self._held:
-                self._surface.hold(step.buffers)
+                self.surface.hold(step.buffers)
             ends = _Ends(step.start, step.end)
             for name in task.loss_data:
-                rows[name].add(step.record, self._allocate(step.record, name, ends, known))
+                allocation = self._allocate(step.record, name, ends, known)
+                rows[name].add(step.record, allocation)
+                kept[name].add(step.record.step, allocation)
         attempts = self.run.attempts_within(task.start, task.stop)
         files = tuple(
             str(self.folders[name].write(task.start, task.stop, rows[name].shard(), attempts))
@@ -224,10 +295,22 @@ class Replayer:
         # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
         shared = self.rule.starts_at_start and self.rule.ends_at_end and not self._held
         saved = steps - 1 if shared else 0
-        evaluated = {part for name in task.loss_data for part in self._evaluated(name)}
+        evaluated = {part for name in task.loss_data for part in self.evaluated(name)}
         return sum(nodes * steps - (saved if self.loss_data[name].fixed else 0) for name in evaluated)
 
-    def _evaluated(self, name: str) -> list[str]:
+    def evaluated(self, name: str) -> list[str]:
+        """List the loss data that are evaluated for one: itself, or its groups.
+
+        Parameters
+        ----------
+        name
+            The loss data.
+
+        Returns
+        -------
+        list of str
+            Names.
+        """
         data = self.loss_data[name]
         return [part.name for part in data.parts] if isinstance(data, Grouped) else [name]
 
@@ -245,7 +328,7 @@ class Replayer:
             Bytes, beside those of Python and its libraries and of one pass over a micro-batch.
         """
         data = [self.loss_data[name] for name in task.loss_data]
-        return bytes_of_worker(self._trained, self.rule, self._precision, data, self.bytes_written(task))
+        return bytes_of_worker(self._trained, self.rule, self.precision, data, self.bytes_written(task))
 
     def bytes_written(self, task: Task) -> int:
         """Count the bytes of a task's shards, without their headers.
@@ -270,6 +353,11 @@ class Replayer:
         of_micro_batches = sum(len(data.micro_batches(first)) for data in sampled) * (len(self._trained) + 1) * 8
         return steps * (per_step * len(task.loss_data) + of_micro_batches)
 
+    def _theta(self, t: int) -> dict[str, torch.Tensor]:
+        return {
+            name: self.precision.converted(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()
+        }
+
     def _allocate(self, step: Step, name: str, ends: _Ends, known: dict[str, Evaluation | None]) -> Allocation:
         data = self.loss_data[name]
         if isinstance(data, Grouped):
@@ -281,16 +369,17 @@ class Replayer:
             return ends.done[name]
         data = self.loss_data[name]
         micro_batches = data.micro_batches(step)
+        states = self.random_states(name, step)
 
         def along(theta: Theta, direction: Theta) -> Evaluation:
-            return self._surface.evaluate(theta, micro_batches, direction)
+            return self.surface.evaluate(theta, micro_batches, direction, states=states)
 
         allocation = allocate(
             ends.start,
             ends.end,
             self.rule,
-            evaluate=lambda theta: self._surface.evaluate(theta, micro_batches),
-            loss=lambda theta: self._surface.loss(theta, micro_batches),
+            evaluate=lambda theta: self.surface.evaluate(theta, micro_batches, states=states),
+            loss=lambda theta: self.surface.loss(theta, micro_batches, states=states),
             first=known.get(name),
             tolerance=self._tolerance,
             along=along if data.sampled else None,
@@ -347,11 +436,14 @@ def do(job: Job, task: Task) -> Receipt:
 
 
 def plan(
-    job: Job, folders: Mapping[str, ShardFolder], recorded: Sequence[tuple[int, int]], *, again: bool = False
+    job: Job,
+    folders: Mapping[str, ShardFolder],
+    recorded: Sequence[tuple[int, int]],
+    *,
+    entries: Mapping[str, EntryFolder] | None = None,
+    again: bool = False,
 ) -> list[Task]:
     """List what is still to do: chunks of consecutive recorded steps whose shard is missing.
-
-    Chunks start at multiples of the chunk length, so that they are the same whatever was done before.
 
     Parameters
     ----------
@@ -361,6 +453,8 @@ def plan(
         Loss data to its folder of shards.
     recorded
         Start and stop of consecutive recorded steps.
+    entries
+        Loss data to what it keeps of single entries: a chunk of which that is missing is done again.
     again
         List the finished chunks too.
 
@@ -370,13 +464,11 @@ def plan(
         In the order of steps.
     """
     finished = {name: set() if again else set(folder.finished()) for name, folder in folders.items()}
+    for name, of_entries in (entries or {}).items():
+        finished[name] -= of_entries.missing()
     tasks = []
-    for start, stop in recorded:
-        first = start
-        while first < stop:
-            last = min(stop, (first // job.chunk + 1) * job.chunk)
-            missing = tuple(name for name in folders if (first, last) not in finished[name])
-            if missing:
-                tasks.append(Task(start=first, stop=last, loss_data=missing))
-            first = last
+    for start, stop in chunks(recorded, job.chunk):
+        missing = tuple(name for name in folders if (start, stop) not in finished[name])
+        if missing:
+            tasks.append(Task(start=start, stop=stop, loss_data=missing))
     return tasks

@@ -56,7 +56,6 @@ class FairseqWorkload:
         with quietly():
             self._task = tasks.setup_task(self._config.task)
             self._criterion = self._task.build_criterion(self._config.criterion)
-        self._criterion.eval()
 
     def model(self) -> nn.Module:
         """Build the model as fairseq-train does.
@@ -177,6 +176,8 @@ class FairseqWorkload:
         sample_size : torch.Tensor or float
             What training divides the gradient by.
         """
+        # As fairseq does for its own passes, the criterion is in the model's mode.
+        self._criterion.train(model.training)
         with quietly():
             loss_sum, sample_size, _ = self._criterion(model, batch)
         return loss_sum, sample_size

@@ -54,7 +54,7 @@ def _mean_loss(model: nn.Module, theta: dict[str, torch.Tensor], tokens: torch.T
     return mean
 
 
-def _brute_force(run: Path, loss_data: str) -> Iterator[dict[str, Any]]:
+def brute_force(run: Path, loss_data: str) -> Iterator[dict[str, Any]]:
     """Yield for every step the LCA of every entry and both losses."""
     opened, model = Run(run), cases.workload_float64().model()
     text = torch.randint(13, (64, 7), generator=torch.Generator().manual_seed(5))
@@ -75,12 +75,16 @@ def _brute_force(run: Path, loss_data: str) -> Iterator[dict[str, Any]]:
         yield {"lca": {name: total[name] * (end[name] - start[name]) for name in start}, "losses": losses}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("brute") / "run"
+def record_for_brute_force(run: Path) -> None:
     adam = functools.partial(torch.optim.Adam, lr=3e-5)
     with one_thread():
         cases.train(run, steps=STEPS, factory=cases.workload_float64, make_optimizer=adam)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("brute") / "run"
+    record_for_brute_force(run)
     return run
 
 
@@ -90,7 +94,7 @@ def _worst(found: dict[Any, float], expected: dict[Any, float], floor: float) ->
 
 
 @pytest.mark.parametrize("loss_data", ["batch", "probe"])
-def test_every_cell_and_every_head_of_every_step_agrees_with_brute_force(
+def test_every_cell_and_every_head_of_every_step_agrees_withbrute_force(
     run: Path,
     loss_data: str,
     replay: Callable[..., int],
@@ -101,7 +105,7 @@ def test_every_cell_and_every_head_of_every_step_agrees_with_brute_force(
     shards = folder(run, loss_data)
     shard = shards.read(0, STEPS)
     worst_cell = worst_head = worst_unit = 0.0
-    for t, truth in enumerate(_brute_force(run, loss_data)):
+    for t, truth in enumerate(brute_force(run, loss_data)):
         cells: dict[tuple[str, str], float] = {}
         positive: dict[tuple[str, str], float] = {}
         expected_cells: dict[tuple[str, str], float] = {}

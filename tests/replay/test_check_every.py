@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from replay.gradients import LossSurface, Theta
+from replay.gradients import Evaluation, LossSurface, Theta
 from replay.shards import Shard, ShardFolder, Status
 
 Command = Callable[..., int]
@@ -51,9 +51,9 @@ def test_a_step_that_is_not_checked_costs_no_forward_pass_of_its_own(
     losses = []
     measure = LossSurface.loss
 
-    def counted(surface: LossSurface, theta: Theta, micro_batches: Sequence[Any]) -> float:
+    def counted(surface: LossSurface, theta: Theta, micro_batches: Sequence[Any], **options: Any) -> float:
         losses.append(theta)
-        return measure(surface, theta, micro_batches)
+        return measure(surface, theta, micro_batches, **options)
 
     monkeypatch.setattr(LossSurface, "loss", counted)
     replay(run, "--rule", "gauss2", "--rtol", "1", "--check-every", "3")
@@ -87,8 +87,8 @@ def test_an_lca_that_is_not_finite_is_told_also_where_it_was_not_checked(
 ) -> None:
     evaluate = LossSurface.evaluate
 
-    def diverging(surface: LossSurface, *given: object) -> object:
-        found = evaluate(surface, *given)  # type: ignore[arg-type]
+    def diverging(surface: LossSurface, *given: Any, **options: Any) -> Evaluation:
+        found = evaluate(surface, *given, **options)
         next(iter(found.gradient.values())).fill_(torch.nan)
         return found
 

@@ -14,6 +14,7 @@ import torch
 from recorder.errors import MismatchError
 from recorder.loading import load_workload
 from recorder.manifest import Manifest
+from recorder.pruned import prune
 from recorder.runformat import Run
 from replay.selfcheck import Report, check_update
 from tests import cases
@@ -118,6 +119,20 @@ def test_without_told_losses_the_report_does_not_claim_them(tmp_path: Path) -> N
     assert not report.exact
     record(tmp_path / "own", tell_losses=False, make_optimizer=variants.OwnOptimizer)
     assert _check(tmp_path / "own").text.startswith(f"step 0 done again: nothing was compared ({untold}; parameters")
+
+
+@pytest.mark.parametrize("workload", ["power_of_two", "repeating"])
+def test_where_the_first_steps_were_pruned_only_losses_are_compared(run: Path, workload: str) -> None:
+    if workload == "power_of_two":
+        run = run.parent / "other"
+        record(run, factory=variants.power_of_two, steps=6, segment_steps=3)
+    prune(run, Run(run).files_of(0, 3))
+    report = _check(run, f"{HERE}:{workload}")
+    assert report.text == (
+        "step 3 done again: losses are the recorded ones, bit for bit "
+        "(parameters not compared: the steps before were pruned, and with them the optimizer's state)"
+    )
+    assert not report.exact
 
 
 def test_in_another_recipe_only_losses_are_compared(run: Path) -> None:

@@ -183,3 +183,13 @@ def test_the_sizes_tried_are_halves_of_halves() -> None:
     grown = [size for size, _ in itertools.groupby(workload.asked)]
     assert grown[0] == 12
     assert workload.asked[-4:] == [3, 3, 3, 3]
+
+
+def test_with_the_trainings_dropout_a_micro_batch_is_not_cut() -> None:
+    surface = _surface(_Regression(most=3))
+    with pytest.raises(UsageError) as caught:
+        surface.evaluate(THETA, _batches(8), states=[{"rng_cpu": torch.get_rng_state()}])
+    assert str(caught.value) == (
+        "a micro-batch does not fit into memory, and with --dropout recorded it cannot be cut in two; use a device "
+        "with more of it, fewer --workers, or --dropout off"
+    )

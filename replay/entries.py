@@ -1,0 +1,331 @@
+"""The LCA of every single entry, summed over windows of steps: one file a window, beside the shards.
+
+    RUN/shards/<settings-hash>/entries-00000000-00000100.safetensors                           steps 0 to 99
+    RUN/shards/<settings-hash>/entries-00000000-00000100.part-00000000-00000008.safetensors    of which 0 to 7
+
+Described in docs/formats/shards.md. A chunk of steps leaves its part of each window; one process adds up the parts in
+the order of steps, whatever the order in which they came. A sum of the first parts is a part again, so that what is
+on the disk always says how far the sum has got: an interruption changes no bit of the result. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from recorder import tensorfile
+from recorder.errors import FormatError, UsageError
+from recorder.ranges import describe_ranges, joined_ranges
+from replay.chunks import Range, chunks, pieces
+from replay.collector import Collector
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from replay.shards import Attempts, ShardFolder
+
+FORMAT = "lossledger-entries"
+VERSION = 1
+LOCK_FILE = ".entries-lock"
+
+PARTS_AT_ONCE = 8
+"""Every addition writes a file as large as the model in float64: it waits for so many parts, or for the last one."""
+
+_NAME = re.compile(r"entries-(\d{8})-(\d{8})(?:\.part-(\d{8})-(\d{8}))?\.safetensors")
+
+
+class EntryFolder:
+    """What one folder of shards keeps of single entries.
+
+    Parameters
+    ----------
+    folder
+        The folder of shards.
+    windows
+        Start and stop of each window, without overlap.
+    recorded
+        Start and stop of consecutive recorded steps, with those that were pruned since.
+    attempts_within
+        Which attempts of the training recorded a range of steps.
+    """
+
+    def __init__(
+        self,
+        folder: ShardFolder,
+        windows: Iterable[Range],
+        recorded: Sequence[Range],
+        attempts_within: Callable[[int, int], Attempts],
+    ) -> None:
+        self._folder = folder
+        self._chunk = folder.settings.chunk
+        self._recorded = tuple(recorded)
+        self._attempts_within = attempts_within
+        self._pieces = {window: pieces(window, recorded, self._chunk) for window in windows}
+
+    def file(self, window: Range) -> Path:
+        """Return the path of a window's sum, whether or not it exists.
+
+        Parameters
+        ----------
+        window
+            Its start and stop.
+
+        Returns
+        -------
+        Path
+            In the folder of shards.
+        """
+        return self._folder.path / f"entries-{window[0]:08d}-{window[1]:08d}.safetensors"
+
+    def _part(self, window: Range, covered: Sequence[Range]) -> Path:
+        steps = f"{covered[0][0]:08d}-{covered[-1][1]:08d}"
+        return self._folder.path / f"entries-{window[0]:08d}-{window[1]:08d}.part-{steps}.safetensors"
+
+    def _there(self) -> dict[Range, set[Range]]:
+        # For every window the steps of what is on the disk; one look at the folder, for that may be far away.
+        there: dict[Range, set[Range]] = {window: set() for window in self._pieces}
+        for _, window, steps in _files(self._folder.path):
+            if window in there:
+                there[window].add(steps or window)
+        return there
+
+    def _summed(self, window: Range, there: set[Range]) -> int:
+        # How many of the window's first pieces are in one sum.
+        own = self._pieces[window]
+        if self.file(window).exists():
+            return len(own)
+        ends = {last: number for number, (_, last) in enumerate(own, start=1)}
+        return max((ends.get(last, 0) for first, last in there if first == own[0][0]), default=0)
+
+    def _wanted(self) -> Iterator[tuple[Range, Range, bool]]:
+        # Pieces that are in no sum yet, and whether their part is there.
+        for window, there in self._there().items():
+            for piece in self._pieces[window][self._summed(window, there) :]:
+                yield window, piece, piece in there
+
+    def missing(self) -> set[Range]:
+        """List the chunks of which a window still lacks its part.
+
+        Returns
+        -------
+        set of (int, int)
+            Start and stop of each.
+        """
+        absent = sorted(piece[0] for _, piece, there in self._wanted() if not there)
+        return {
+            (start, stop)
+            for start, stop in chunks(self._recorded, self._chunk)
+            if bisect.bisect_left(absent, start) < bisect.bisect_left(absent, stop)
+        }
+
+    def collect(self, start: int, stop: int) -> Collector:
+        """Make ready to add up the entries of a chunk.
+
+        Parameters
+        ----------
+        start, stop
+            The chunk.
+
+        Returns
+        -------
+        Collector
+            To be given every step of it.
+        """
+        wanted = [(window, piece) for window, piece, _ in self._wanted() if start <= piece[0] < stop]
+        return Collector(wanted, self._write_part)
+
+    def _write_part(self, window: Range, piece: Range, sums: Mapping[str, Any]) -> None:
+        self._write(self._part(window, [piece]), window, [piece], sums)
+
+    def _write(self, path: Path, window: Range, covered: Sequence[Range], sums: Mapping[str, Any]) -> None:
+        steps = joined_ranges(covered)
+        facts = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": self._folder.settings.hash,
+            "start": window[0],
+            "stop": window[1],
+            "steps": [list(entry) for entry in steps],
+            "attempts": _attempts_of(steps, self._attempts_within),
+        }
+        tensors = {parameter.name: sums[parameter.name] for parameter in self._folder.trained}
+        tensorfile.write(path, tensors, facts)
+
+    def add_up(self) -> None:
+        """Add the parts that are next in the order of steps to the sums of their windows, and remove them.
+
+        By one process at a time: another one waits.
+        """
+        if self._pieces:
+            with _alone(self._folder.path):
+                self._add_up()
+
+    def _add_up(self) -> None:
+        for window, there in self._there().items():
+            own = self._pieces[window]
+            done = stop = self._summed(window, there)
+            if not self.file(window).exists():
+                while stop < len(own) and own[stop] in there:
+                    stop += 1
+                complete = stop == len(own)
+                if complete or stop - done >= PARTS_AT_ONCE:
+                    files = [self._part(window, own[:done])] if done else []
+                    files += [self._part(window, [piece]) for piece in own[done:stop]]
+                    path = self.file(window) if complete else self._part(window, own[:stop])
+                    self._write(path, window, own[:stop], self._sum(files))
+                    done = stop
+            self._remove_parts(window, keep_from=done)
+
+    def _sum(self, files: Sequence[Path]) -> dict[str, npt.NDArray[Any]]:
+        opened = [tensorfile.TensorFile(path) for path in files]
+        for file in opened:
+            found = (file.facts.get("format"), file.facts.get("version"), file.facts.get("settings"))
+            expected = (FORMAT, VERSION, self._folder.settings.hash)
+            if found != expected:
+                message = (
+                    f"{file.path}: expected format, version and settings {expected}, found {found}; it does not belong "
+                    "here: remove it and replay again"
+                )
+                raise FormatError(message)
+        sums = {}
+        for parameter in self._folder.trained:
+            # One after the other: the order of the additions decides the last bit.
+            total = opened[0].array(parameter.name)
+            for file in opened[1:]:
+                total += file.array(parameter.name)
+            sums[parameter.name] = total
+        return sums
+
+    def _remove_parts(self, window: Range, keep_from: int) -> None:
+        own = self._pieces[window]
+        keep = {self._part(window, [piece]) for piece in own[keep_from:]}
+        if keep_from and not self.file(window).exists():
+            keep.add(self._part(window, own[:keep_from]))
+        for path, of_window, steps in _files(self._folder.path):
+            if of_window == window and steps is not None and path not in keep:
+                path.unlink(missing_ok=True)
+
+    def refuse_pruned(self, recorded: Sequence[Range]) -> None:
+        """Make sure that what the windows lack can still be computed.
+
+        Parameters
+        ----------
+        recorded
+            Start and stop of consecutive recorded steps that were not pruned.
+
+        Raises
+        ------
+        UsageError
+            If steps were pruned before their entries were kept.
+        """
+        lost = sorted(chunk for chunk in self.missing() if not any(a <= chunk[0] < b for a, b in recorded))
+        if lost:
+            message = (
+                f"--per-parameter: of {describe_ranges(lost)} the entries on {self._folder.settings.loss_data} were "
+                f"not kept, and the steps were pruned since; ask for windows within {describe_ranges(recorded)}"
+            )
+            raise UsageError(message)
+
+    def remove_sums_of(self, steps: Iterable[Range]) -> None:
+        """Remove the sums and parts of every window that has one of some steps: they are computed again.
+
+        Parameters
+        ----------
+        steps
+            Start and stop of ranges of steps.
+        """
+        again = tuple(steps)
+        for window in self._pieces:
+            if any(start < window[1] and window[0] < stop for start, stop in again):
+                for path, of_window, _ in _files(self._folder.path):
+                    if of_window == window:
+                        path.unlink(missing_ok=True)
+
+    def finished(self) -> list[Path]:
+        """List the files of the windows whose sum is complete.
+
+        Returns
+        -------
+        list of Path
+            In the order of steps.
+        """
+        return [self.file(window) for window in self._pieces if self.file(window).exists()]
+
+    @property
+    def bytes_to_come(self) -> int:
+        """Bytes of the windows' sums that are not there yet, without their headers and their parts."""
+        return len(self.unfinished()) * 8 * sum(parameter.size for parameter in self._folder.trained)
+
+    def unfinished(self) -> list[tuple[Range, int, int]]:
+        """List the windows that still lack steps.
+
+        Returns
+        -------
+        list of ((int, int), int, int)
+            The window, how many chunks it has of it, and of how many.
+        """
+        found = []
+        for window, there in self._there().items():
+            if not self.file(window).exists():
+                own = self._pieces[window]
+                done = self._summed(window, there)
+                found.append((window, done + sum(piece in there for piece in own[done:]), len(own)))
+        return found
+
+
+def remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Callable[[int, int], Attempts]) -> int:
+    """Remove the sums and parts of steps that the run has recorded anew since, or of which it has recorded more.
+
+    Parameters
+    ----------
+    folder
+        A folder of shards.
+    recorded
+        Start and stop of consecutive recorded steps, as the run is now, with those that were pruned since.
+    attempts_within
+        Which attempts recorded a range of steps, as the run is now.
+
+    Returns
+    -------
+    int
+        How many files.
+    """
+    if next(_files(folder), None) is None:
+        return 0
+    with _alone(folder):
+        return _remove_stale(folder, recorded, attempts_within)
+
+
+def _remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Callable[[int, int], Attempts]) -> int:
+    stale = []
+    for path, window, steps in _files(folder):
+        facts = tensorfile.TensorFile(path).facts
+        now = joined_ranges(pieces(steps or window, recorded, length=1))
+        if (facts["steps"], facts["attempts"]) != ([list(entry) for entry in now], _attempts_of(now, attempts_within)):
+            stale.append(path)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
+
+
+def _alone(folder: Path) -> FileLock:
+    # Commands may work side by side in one folder; the operating system gives back what a killed one held.
+    return FileLock(folder / LOCK_FILE, is_singleton=False)
+
+
+def _attempts_of(steps: Iterable[Sequence[int]], attempts_within: Callable[[int, int], Attempts]) -> list[list[int]]:
+    return [list(entry) for start, stop in steps for entry in attempts_within(start, stop)]
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, Range, Range | None]]:
+    # Every sum and part, with its window, and the steps of a part.
+    for path in sorted(folder.iterdir()):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            part = None if match[3] is None else (int(match[3]), int(match[4]))
+            yield path, (int(match[1]), int(match[2])), part
