@@ -246,7 +246,7 @@ def _replay(options: argparse.Namespace) -> int:
         if tasks:
             memory = max(opened.bytes_in_memory(task) for task in tasks)
             commandline.say(
-                f"dry run: each worker holds up to {memory / 1e9:.2f} GB, beside Python's libraries and what a forward "
+                f"dry run: each worker holds about {memory / 1e9:.2f} GB, beside Python's libraries and what a forward "
                 "and backward pass over one micro-batch takes"
             )
         return commandline.DONE
