@@ -185,7 +185,7 @@ def record(run: Path, factory: Any, *, steps: int, examples: int, lr: float, ada
     steps, examples
         Updates, and examples of each.
     lr, adam
-        Learning rate; Adam, or plain gradient descent.
+        Learning rate; Adam, with a warm-up of 100 updates, or plain gradient descent.
     device
         Where to train.
     """
@@ -193,6 +193,8 @@ def record(run: Path, factory: Any, *, steps: int, examples: int, lr: float, ada
     task = factory()
     model = task.model().to(device)
     optimizer: torch.optim.Optimizer = (torch.optim.Adam if adam else torch.optim.SGD)(model.parameters(), lr=lr)
+    # Adam's first steps are as large as its last; without a warm-up no rule balances them.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min((update + 1) / 100, 1) if adam else 1)
     draw = torch.Generator().manual_seed(1)
     available = task.indices("train")
     # The parameters need no place in a network's anatomy here.
@@ -207,6 +209,7 @@ def record(run: Path, factory: Any, *, steps: int, examples: int, lr: float, ada
                 recording.loss(loss, count)
                 (loss / count).backward()
                 optimizer.step()
+                schedule.step()
                 optimizer.zero_grad()
 
 
