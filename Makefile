@@ -7,7 +7,7 @@ TEXT ?=
 OUT ?= demo-out$(if $(TEXT),/$(notdir $(TEXT:/=)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test reliability bench-recorder check format constraints clean
+.PHONY: help install demo test reliability bench-recorder bench-replay check format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -34,6 +34,9 @@ test: install ## the test suite, the whole way on a short run included
 
 bench-recorder: install ## what recording every step costs: time, bytes (about half an hour, best on a quiet machine)
 	$(BIN)/python -m benchmarks.recorder $(if $(TEXT),--text $(TEXT))
+
+bench-replay: install ## what replay costs beside its gradients, and how fast its variants are (about half an hour)
+	$(BIN)/python -m benchmarks.replay
 
 # make reliability TABLE=docs/reliability.md also writes the table there.
 TABLE ?=

@@ -90,7 +90,7 @@ def _times(results: Mapping[str, Overhead | list[StoredShare] | None]) -> str:
                 f"{result.step:.4g} s",
                 f"{result.recorded_step:.4g} s",
                 f"**{result.ratio:.3f}**",
-                f"≤ {REACH[case]}: {_verdict(result.ratio <= REACH[case])}",
+                f"≤ {REACH[case]}: {verdict(result.ratio <= REACH[case])}",
                 f"{result.whole_ratio:.3f}",
                 f"{result.saved_ratio:.3f}",
                 "yes" if result.same else "NO",
@@ -99,7 +99,7 @@ def _times(results: Mapping[str, Overhead | list[StoredShare] | None]) -> str:
     head = (
         "case", "steps", "median step", "recorded", "ratio", "reach", "whole ratio", "`save_file` ratio", "same bits"
     )  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _costs(results: Mapping[str, Overhead | list[StoredShare] | None]) -> str:
@@ -121,7 +121,7 @@ def _costs(results: Mapping[str, Overhead | list[StoredShare] | None]) -> str:
         "case", "parameters", "stored a step", "share", "training waited", "recorder's calls", "writer's core time",
         "drain at the end",
     )  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _where(case: str, result: Overhead) -> str:
@@ -151,10 +151,10 @@ def _sizes(results: Iterable[StoredShare]) -> str:
             result.steps,
             f"{result.raw_bytes / 1e6:.3g} MB",
             f"**{result.share:.3f}**",
-            f"≤ {STORED_SHARE[result.dtype]}: {_verdict(result.share <= STORED_SHARE[result.dtype])}",
+            f"≤ {STORED_SHARE[result.dtype]}: {verdict(result.share <= STORED_SHARE[result.dtype])}",
             f"{result.encode:.0f}",
             f"{result.decode:.0f}",
-            f"≥ {REACH_SPEED}: {_verdict(min(result.encode, result.decode) >= REACH_SPEED)}",
+            f"≥ {REACH_SPEED}: {verdict(min(result.encode, result.decode) >= REACH_SPEED)}",
             f"{result.write:.0f}",
         )
         for result in results
@@ -162,13 +162,39 @@ def _sizes(results: Iterable[StoredShare]) -> str:
     head = (
         "dtype", "steps", "parameters", "share", "reach", "encode", "decode", "reach", "coding, checksums, writing"
     )  # fmt: skip
-    return _table(head, rows) + "\n\nSpeeds in MB of parameters a second of one core's time."
+    return table(head, rows) + "\n\nSpeeds in MB of parameters a second of one core's time."
 
 
-def _verdict(reached: bool) -> str:
+def verdict(reached: bool) -> str:
+    """Say whether something was reached.
+
+    Parameters
+    ----------
+    reached
+        Whether it was.
+
+    Returns
+    -------
+    str
+        For a table.
+    """
     return "reached" if reached else "NOT reached"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Write a table of Markdown.
+
+    Parameters
+    ----------
+    head
+        Names of the columns.
+    rows
+        Their cells.
+
+    Returns
+    -------
+    str
+        Without a last newline.
+    """
     lines = [tuple(head), ("---",) * len(tuple(head)), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

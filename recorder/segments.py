@@ -237,6 +237,7 @@ class Segment:
         self._vectors, self._before, self._at = self._layout.allocate(), None, 0
         for slot, view in zip(self._layout.slots, self._layout.views(self._vectors), strict=True):
             view.copy_(self._file.tensor(f"{slot.kind}/{self.states[0]:08d}/{slot.name}"))
+        self._file.let_go()
 
     def _decode_next(self) -> None:
         number = self.states[self._at + 1]
@@ -248,6 +249,7 @@ class Segment:
             coded = self._file.array(f"coded/{number:08d}/{dtype}")
             before = None if self._before is None else bits(self._before[dtype])
             coder.decode(coded, bits(self._vectors[dtype]), before, bits(out[dtype]))
+        self._file.let_go()
         self._before, self._vectors = self._vectors, out
         self._at += 1
 

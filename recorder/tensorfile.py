@@ -50,6 +50,9 @@ _DTYPE_CODES = {
     "bool": "BOOL",
 }
 _HEADER_ALIGNMENT = 8
+_SMALL = 1 << 24
+"""Bytes of a file that may stay mapped: mapping it again would cost more than it gives back."""
+
 _METADATA_ENTRIES = ("facts", "crc32", "header_crc32")
 _HEADER_END = '00000000"}}'  # the digits of header_crc32, and what closes the JSON
 
@@ -304,6 +307,15 @@ class TensorFile:
             )
             raise DamagedFileError(message)
         return array
+
+    def let_go(self) -> None:
+        """Unmap the file, unless it is small; the next read maps it again.
+
+        What has been read through a mapping counts as memory of the process for as long as it lasts: of a segment of
+        many steps, many times the memory of one.
+        """
+        if self.path.stat().st_size > _SMALL:
+            self._handles.clear()
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Read one tensor as a NumPy array; a `DamagedFileError` tells if its bytes fail their checksum.

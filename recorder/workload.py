@@ -36,6 +36,19 @@ class Workload(Protocol):
         ...
 
 
+@runtime_checkable
+class HalvesBatches(Protocol):
+    """A workload that can cut a micro-batch in two: for one that does not fit into memory.
+
+    Replay cuts a batch by itself where all its tensors have the examples along their first axis and it holds no number
+    that depends on them.
+    """
+
+    def halve(self, batch: Any) -> tuple[Any, Any]:
+        """Return two batches of half the examples each, whose losses and predictions add up to the batch's."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RepeatedUpdate:
     """A recorded update, done again.

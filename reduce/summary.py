@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from reduce import cube, schema
+from replay.shards import Status
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,7 +28,8 @@ def lines(dataset: xr.Dataset) -> list[str]:
     -------
     list of str
         For every loss data the number of replayed steps, the sums in nats of LCA and of the measured changes of the
-        loss over the finite steps, the worst residual in nats, and how many steps have which status.
+        loss over the finite steps whose losses were measured, the worst residual in nats, and how many steps have which
+        status.
     """
     length = dataset.sizes["step"]
     blocks = [slice(first, first + cube.STEPS_AT_ONCE) for first in range(0, length, cube.STEPS_AT_ONCE)]
@@ -41,6 +43,8 @@ def _line(entries: xr.Dataset, blocks: list[slice]) -> str:
     cells: npt.NDArray[np.bool_] = entries["n_parameters"].values > 0
     allocated = np.concatenate([_allocated(entries["lca"].isel(step=block), cells) for block in blocks])
     finite = np.isfinite(allocated) & np.isfinite(change) & (status != schema.MISSING)
+    unchecked = (status == Status.NOT_CHECKED).any()
+    over = f" over {finite.sum()} checked steps" if unchecked else ""
     worst = "no finite residual"
     if np.isfinite(residual).any():
         at = int(np.nanargmax(np.where(np.isfinite(residual), residual, np.nan)))
@@ -50,7 +54,7 @@ def _line(entries: xr.Dataset, blocks: list[slice]) -> str:
     )
     return (
         f"{entries['data'].item()}: {(status != schema.MISSING).sum()} steps, "
-        f"Σ LCA {allocated[finite].sum():+.6g} nat, Σ ΔL {change[finite].sum():+.6g} nat, {worst}; {counts}"
+        f"Σ LCA {allocated[finite].sum():+.6g} nat, Σ ΔL {change[finite].sum():+.6g} nat{over}, {worst}; {counts}"
     )
 
 

@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         help="the books of a step balance if |residual| <= rtol*|change| + atol + rounding (default %(default)s)",
     )
     parser.add_argument("--atol", type=float, default=0.0, help="in nats (default %(default)s)")
+    parser.add_argument(
+        "--check-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with rules that have no node at an end of the step (gauss2, gauss3, midpoint, euler): measure the losses "
+        "there, and take the residual, at every N-th step only (default %(default)s)",
+    )
     parser.add_argument("--steps", metavar="START:STOP", help="only the shards that hold these steps")
     parser.add_argument("--chunk", type=int, default=8, metavar="N", help="steps to a shard (default %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -99,11 +107,18 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
     if len(set(names)) < len(names):
         message = f"--loss-data: {max(names, key=names.count)!r} is asked for twice; replay them one after the other"
         raise UsageError(message)
-    for name in ("chunk", "threads", "workers"):
+    for name in ("chunk", "threads", "workers", "check_every"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            message = f"--{name} is at least 1, not {value}"
+            message = f"--{name.replace('_', '-')} is at least 1, not {value}"
             raise UsageError(message)
+    rule = RULES[options.rule]
+    if options.check_every > 1 and rule.starts_at_start and rule.ends_at_end:
+        message = (
+            f"--check-every {options.check_every}: the {options.rule} rule has the losses at both ends of a step "
+            "without further cost, so that every step is checked; leave it out, or choose a rule such as gauss2"
+        )
+        raise UsageError(message)
     for name in ("rtol", "atol"):
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= 0):
@@ -133,6 +148,7 @@ def _job(options: argparse.Namespace, run: Run) -> Job:
         device=device,
         dtype=options.dtype,
         threads=options.threads,
+        check_every=options.check_every,
         workload=options.workload,
         data=None if options.data is None else str(Path(options.data).resolve()),
         dropout=options.dropout,
@@ -233,6 +249,12 @@ def _replay(options: argparse.Namespace) -> int:
             f"dry run: {least}{evaluations} gradient evaluations, {written / 1e6:.1f} MB to write"
             f"{f' and {kept / 1e6:.1f} MB of single entries' if kept else ''} ({free / 1e9:.1f} GB free)"
         )
+        if tasks:
+            memory = max(opened.bytes_in_memory(task) for task in tasks)
+            commandline.say(
+                f"dry run: each worker holds about {memory / 1e9:.2f} GB, beside Python's libraries and what a forward "
+                "and backward pass over one micro-batch takes"
+            )
         return commandline.DONE
     for of_entries in opened.entries.values():
         if options.overwrite:

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from recorder.table import Parameter
-from replay.gradients import Evaluation
+from replay.gradients import Evaluation, Theta
 from replay.quadrature import AdaptiveRule, Rule
 from replay.shards import Status
-
-Theta = Mapping[str, torch.Tensor]
-
+from replay.unitsums import Combination, ParameterSums, dot, sum_parameters
 
 FLOOR_ULPS = 4
 """Spacings of the loss that rounding may move a residual by: 1.5 at most in the steps of a small Transformer, float32
@@ -95,11 +93,15 @@ class Allocation:
     delta
         Parameter name to its update Δθ, likewise.
     loss_start, loss_end
-        Measured at θ_t and θ_{t+1}, in nats.
+        Measured at θ_t and θ_{t+1}, in nats; NaN where they were not asked for and the rule has no node there.
     evaluations
         Gradient evaluations used.
     end
         The evaluation at θ_{t+1} where the rule has one: on a fixed loss data, the next step's first.
+    checked
+        Whether the losses at both ends were measured.
+    total
+        Σ LCA in nats, where it is known already.
     counts
         Number of predictions of every micro-batch.
     spread
@@ -113,6 +115,8 @@ class Allocation:
     loss_end: float
     evaluations: int
     end: Evaluation | None
+    checked: bool = True
+    total: float | None = None
     counts: tuple[float, ...] = (1.0,)
     spread: Mapping[str, torch.Tensor] | None = None
 
@@ -120,26 +124,6 @@ class Allocation:
     def predictions(self) -> float:
         """What the loss is averaged over."""
         return sum(self.counts)
-
-    def geometry(self, name: str) -> tuple[float, float, float]:
-        """Return a parameter's LCA as a product of three.
-
-        Parameters
-        ----------
-        name
-            The parameter.
-
-        Returns
-        -------
-        gradient_norm, update_norm, cosine : float
-            Euclidean norms of the mean gradient along the step and of the update, and the cosine of the angle between
-            them; NaN where one of the norms is 0.
-        """
-        gradient, delta = self.gradient[name], self.delta[name]
-        lengths = float(torch.linalg.vector_norm(gradient)), float(torch.linalg.vector_norm(delta))
-        product = lengths[0] * lengths[1]
-        cosine = float(torch.dot(gradient.reshape(-1), delta.reshape(-1))) / product if product else math.nan
-        return *lengths, cosine
 
     def lca(self, name: str) -> torch.Tensor:
         """Return the LCA of every entry of a parameter.
@@ -156,6 +140,21 @@ class Allocation:
         """
         return self.gradient[name] * self.delta[name]
 
+    def sums(self, parameters: Sequence[Parameter]) -> dict[str, ParameterSums]:
+        """Sum the LCA of every parameter over each of its units.
+
+        Parameters
+        ----------
+        parameters
+            Rows of the parameter table.
+
+        Returns
+        -------
+        dict of str to ParameterSums
+            By parameter name, in host memory.
+        """
+        return sum_parameters(parameters, self.gradient, self.delta)
+
     @property
     def change(self) -> float:
         """ΔL, the measured change of the loss, in nats."""
@@ -163,8 +162,29 @@ class Allocation:
 
     @property
     def residual(self) -> float:
-        """Σ LCA - ΔL, in nats."""
-        return _dot(self.gradient, self.delta) - self.change
+        """Σ LCA - ΔL, in nats; NaN where the losses were not measured."""
+        return self._total - self.change
+
+    def status(self, tolerance: Tolerance) -> Status:
+        """Judge the entry.
+
+        Parameters
+        ----------
+        tolerance
+            Within which its books are to balance.
+
+        Returns
+        -------
+        Status
+            An LCA that is not finite is told also where the losses were not measured.
+        """
+        if not self.checked and math.isfinite(self._total):
+            return Status.NOT_CHECKED
+        return tolerance.status(self.residual, self.loss_start, self.loss_end)
+
+    @property
+    def _total(self) -> float:
+        return dot(self.gradient, self.delta) if self.total is None else self.total
 
 
 def allocate(
@@ -177,17 +197,18 @@ def allocate(
     *,
     tolerance: Tolerance,
     along: Callable[[Theta, Theta], Evaluation] | None = None,
+    check: bool = True,
 ) -> Allocation:
     """Allocate the loss change between two parameter sets along the straight line between them.
 
     Parameters
     ----------
     start, end
-        θ_t and θ_{t+1}: the same names, shapes and dtypes.
+        θ_t and θ_{t+1}: the same names, shapes and dtypes. They must not change as long as the result is in use.
     rule
         The quadrature rule.
     evaluate
-        Loss and gradient at a parameter set.
+        Loss and gradient at a parameter set, in memory of their own.
     loss
         The loss alone; used only for an end of the step where the rule has no node.
     first
@@ -197,22 +218,30 @@ def allocate(
     along
         Like `evaluate`, and tells the micro-batches apart along a direction: used once, in the middle of the step,
         where their spread is asked for.
+    check
+        Whether the losses at both ends are wanted also where they cost a forward pass.
 
     Returns
     -------
     Allocation
-        Accumulated in float64.
+        Its tensors are made in float64 where they are looked at.
     """
     line = _Line(start, end, evaluate, first, rule.middle, along)
-    mean = _halved(line, rule, tolerance) if isinstance(rule, AdaptiveRule) else _once(line, rule)
+    mean, total = _halved(line, rule, tolerance) if isinstance(rule, AdaptiveRule) else _once(line, rule)
     at_start, at_end = line.ends
+    loss_start, loss_end = (
+        point.loss if point is not None else loss(theta) if check else math.nan
+        for point, theta in ((at_start, start), (at_end, end))
+    )
     return Allocation(
         gradient=mean,
         delta=line.delta,
-        loss_start=at_start.loss if at_start is not None else loss(start),
-        loss_end=at_end.loss if at_end is not None else loss(end),
+        loss_start=loss_start,
+        loss_end=loss_end,
         evaluations=line.evaluations,
         end=at_end,
+        checked=check or (at_start is not None and at_end is not None),
+        total=total,
         counts=line.counts,
         spread=line.spread,
     )
@@ -233,20 +262,43 @@ def by_weight(parts: Sequence[Allocation]) -> Allocation:
     """
     predictions = sum(part.predictions for part in parts)
     weights = [part.predictions / predictions for part in parts]
-    gradient = {name: entries * weights[0] for name, entries in parts[0].gradient.items()}
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        for name, entries in part.gradient.items():
-            gradient[name].add_(entries, alpha=weight)
     pairs = list(zip(parts, weights, strict=True))
     return Allocation(
-        gradient=gradient,
+        gradient=Combination([(weight, part.gradient) for part, weight in pairs], like=parts[0].gradient),
         delta=parts[0].delta,
         loss_start=sum(part.loss_start * weight for part, weight in pairs),
         loss_end=sum(part.loss_end * weight for part, weight in pairs),
         evaluations=sum(part.evaluations for part in parts),
         end=None,
+        checked=all(part.checked for part in parts),
         counts=tuple(count for part in parts for count in part.counts),
     )
+
+
+class Between(Mapping[str, torch.Tensor]):
+    """A parameter set on the line between two, made where it is looked at.
+
+    Parameters
+    ----------
+    start, end
+        The two.
+    node
+        How far between them, from 0 to 1.
+    """
+
+    def __init__(self, start: Theta, end: Theta, node: float) -> None:
+        self._start, self._end, self._node = start, end, node
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        # The update is exact in its own dtype where it is small, so that this is off by hardly more than the last
+        # rounding, in a third of the memory that float64 would take.
+        return torch.lerp(self._start[name], self._end[name], self._node)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._start)
+
+    def __len__(self) -> int:
+        return len(self._start)
 
 
 class _Line:
@@ -261,26 +313,19 @@ class _Line:
         middle: float,
         along: Callable[[Theta, Theta], Evaluation] | None,
     ) -> None:
-        self._start, self._end, self._evaluate = start, end, evaluate
+        self.start, self._end, self._evaluate = start, end, evaluate
         self._middle, self._along = middle, along
         self.counts: tuple[float, ...] = () if first is None else first.counts
         self.spread: Mapping[str, torch.Tensor] | None = None
-        self.delta = {name: end[name].double() - start[name].double() for name in start}
+        self.delta = Combination([(1.0, end), (-1.0, start)], like=start)
         self.ends: tuple[Evaluation | None, Evaluation | None] = (first, None)
         self.evaluations = 0
 
-    def zeros(self) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros_like(entries) for name, entries in self.delta.items()}
-
-    def add(self, total: Mapping[str, torch.Tensor], node: float, weight: float) -> None:
-        """Add a weighted gradient, in float64."""
-        for name, gradient in self._at(node).gradient.items():
-            total[name].add_(gradient, alpha=weight)
-
-    def _at(self, node: float) -> Evaluation:
+    def at(self, node: float) -> Mapping[str, torch.Tensor]:
+        # At the ends it is computed once.
         at_start, at_end = self.ends
         if node == 0 and at_start is not None:
-            return at_start
+            return at_start.gradient
         if self._along is not None and node == self._middle:
             point = self._along(self._between(node), self.delta)
             self.spread = point.along
@@ -290,97 +335,61 @@ class _Line:
         self.evaluations += 1
         if node in (0, 1):
             self.ends = (point, at_end) if node == 0 else (at_start, point)
-        return point
+        return point.gradient
+
+    def sum(self, *terms: tuple[float, Mapping[str, torch.Tensor]]) -> Combination:
+        return Combination(terms, like=self.start)
 
     def _between(self, node: float) -> Theta:
         # The ends are taken as they were recorded: start + 1·Δ need not round to end.
         if node == 0:
-            return self._start
+            return self.start
         if node == 1:
             return self._end
-        return {
-            name: (entries.double() + node * self.delta[name]).to(entries.dtype)
-            for name, entries in self._start.items()
-        }
+        return Between(self.start, self._end, node)
 
 
-def _once(line: _Line, rule: Rule) -> dict[str, torch.Tensor]:
-    mean = line.zeros()
-    for node, weight in zip(rule.nodes, rule.weights, strict=True):
-        line.add(mean, node, weight)
-    return mean
+def _once(line: _Line, rule: Rule) -> tuple[Combination, float]:
+    mean = line.sum(*((weight, line.at(node)) for node, weight in zip(rule.nodes, rule.weights, strict=True)))
+    return mean, dot(mean, line.delta)
 
 
-def _halved(line: _Line, rule: AdaptiveRule, tolerance: Tolerance) -> dict[str, torch.Tensor]:
-    # Both sums are kept without their weights, which change with the number of pieces.
-    borders, middles, pieces = line.zeros(), line.zeros(), 1
-    line.add(borders, 0, 1)
-    for node in rule.middles(1):
-        line.add(middles, node, 1)
-    line.add(borders, 1, 1)
+def _halved(line: _Line, rule: AdaptiveRule, tolerance: Tolerance) -> tuple[Combination, float]:
+    # Simpson's rule first, from the gradients as they came: most steps are content with it.
+    sixth = 1 / 6
+    start, middle = line.at(0), line.at(1 / 2)
+    mean = line.sum((sixth, start), (4 * sixth, middle), (sixth, line.at(1)))
+    total, pieces = dot(mean, line.delta), 1
     at_start, at_end = line.ends
     assert at_start is not None
     assert at_end is not None
-    while pieces < rule.most_pieces:
-        total = (_dot(borders, line.delta) + 4 * _dot(middles, line.delta)) / (6 * pieces)
-        residual = total - (at_end.loss - at_start.loss)
-        if tolerance.status(residual, at_start.loss, at_end.loss) is not Status.TOLERANCE_NOT_MET:
-            break
+    change = at_end.loss - at_start.loss
+    borders: dict[str, torch.Tensor] = {}
+    middles: dict[str, torch.Tensor] = {}
+    while (
+        pieces < rule.most_pieces
+        and tolerance.status(total - change, at_start.loss, at_end.loss) is Status.TOLERANCE_NOT_MET
+    ):
+        # Two sums in float64 then stand for all gradients. They are kept without their weights, which change with the
+        # number of pieces.
+        if pieces == 1:
+            for ends in (at_start.gradient, at_end.gradient):
+                _add(borders, ends)
+            _add(middles, middle)
         pieces *= 2
-        for name, entries in middles.items():
-            borders[name].add_(entries, alpha=2)
+        _add(borders, middles, 2)
+        for entries in middles.values():
             entries.zero_()
         for node in rule.middles(pieces):
-            line.add(middles, node, 1)
-    return {name: borders[name].add_(middles[name], alpha=4).div_(6 * pieces) for name in borders}
+            _add(middles, line.at(node))
+        sixth = 1 / (6 * pieces)
+        mean = line.sum((sixth, borders), (4 * sixth, middles))
+        total = dot(mean, line.delta)
+    return mean, total
 
 
-def _dot(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
-    sums = [float(torch.dot(left[name].reshape(-1), right[name].reshape(-1))) for name in left]
-    # fsum raises where infinities of both signs meet; a diverged step has them.
-    return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class UnitSums:
-    """LCA of one parameter summed over each of its units.
-
-    Parameters
-    ----------
-    sum, positive_sum
-        float64 of shape (units,), in nats: over all entries, and over those with LCA > 0.
-    positive_count, zero_count
-        int64 of shape (units,): the number of entries with LCA > 0, and of those with LCA = 0 exactly.
-    """
-
-    sum: torch.Tensor
-    positive_sum: torch.Tensor
-    positive_count: torch.Tensor
-    zero_count: torch.Tensor
-
-
-def sum_over_units(lca: torch.Tensor, parameter: Parameter) -> UnitSums:
-    """Sum the entries of one parameter over each of its units.
-
-    Parameters
-    ----------
-    lca
-        float64 in the parameter's shape.
-    parameter
-        Says which axis is the unit axis.
-
-    Returns
-    -------
-    UnitSums
-        Four arrays of shape (units,).
-    """
-    rows = lca.movedim(parameter.unit_axis, 0) if lca.dim() else lca
-    # The length of a row is not left to reshape: a parameter without entries has none to infer it from.
-    rows = rows.reshape(parameter.units, parameter.size // max(parameter.units, 1))
-    positive = rows > 0
-    return UnitSums(
-        sum=rows.sum(dim=1),
-        positive_sum=torch.where(positive, rows, 0.0).sum(dim=1),
-        positive_count=positive.sum(dim=1),
-        zero_count=(rows == 0).sum(dim=1),
-    )
+def _add(total: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], weight: float = 1) -> None:
+    for name, tensor in tensors.items():
+        if name not in total:
+            total[name] = torch.zeros_like(tensor, dtype=torch.float64)
+        total[name].add_(tensor, alpha=weight)

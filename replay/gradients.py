@@ -14,6 +14,8 @@ import torch
 
 from recorder.errors import FormatError
 from replay.dropout import as_recorded
+from replay.splitting import Pieces
+from replay.unitsums import Combination, dots
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from recorder.workload import Workload
     from replay.dropout import RandomStates
     from replay.precision import Precision
+
+Theta = Mapping[str, torch.Tensor]
+"""Parameter name to value."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +136,15 @@ class LossSurface:
         for name, parameter in present.items():
             parameter.requires_grad_(name in self._parameters)
         set_parameters({name: present[name] for name in fixed}, fixed)
+        self._theta: Theta | None = None
+        self._pieces = Pieces(workload, torch.no_grad()(self._measure), precision.epsilon)
+
+    def _stand_at(self, theta: Theta) -> None:
+        # A step begins where the one before it, on other examples, has ended.
+        if theta is not self._theta:
+            self._theta = None
+            set_parameters(self._parameters, theta)
+            self._theta = theta
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -172,7 +186,7 @@ class LossSurface:
         Parameters
         ----------
         theta
-            Every trained parameter.
+            Every trained parameter. The same object stands for the same values.
         micro_batches
             On this surface's device.
         direction
@@ -186,21 +200,13 @@ class LossSurface:
         Evaluation
             Mean loss and its gradient.
         """
-        set_parameters(self._parameters, theta)
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        loss_sum, counts = 0.0, []
-        reached = []
-        with self._mode(states) as draw:
-            for position, micro_batch in enumerate(micro_batches):
-                draw(position)
-                with self.precision.forward(self.device):
-                    loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
-                loss.backward()  # type: ignore[no-untyped-call]
-                loss_sum += float(loss.detach())
-                counts.append(float(count))
-                if direction is not None:
-                    reached.append(self._along(direction))
+        self._stand_at(theta)
+        if direction is not None:
+            # Looked at once for every micro-batch.
+            direction = dict(direction)
+        loss_sum, counts, reached = self._pieces.fit(
+            micro_batches, lambda: self._accumulate(micro_batches, direction, states), whole=states is not None
+        )
         predictions = sum(counts)
         gradient = {}
         for name, parameter in self._parameters.items():
@@ -214,14 +220,32 @@ class LossSurface:
             along = dict(zip(direction, parts, strict=True))
         return Evaluation(loss=loss_sum / predictions, gradient=gradient, counts=tuple(counts), along=along)
 
+    def _accumulate(
+        self, micro_batches: Sequence[Any], direction: Theta | None, states: RandomStates | None
+    ) -> tuple[float, list[float], list[torch.Tensor]]:
+        # From the start: a pass that ran out of memory leaves gradients of some parameters behind.
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        loss_sum, counts, reached = 0.0, [], []
+        with self._mode(states) as draw:
+            for position in range(len(micro_batches)):
+                draw(position)
+                of_micro_batch = 0.0
+                for piece in self._pieces.each(position):
+                    with self.precision.forward(self.device):
+                        loss, count = self._workload.loss(self._model, self.precision.converted(piece))
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss_sum += float(loss.detach())
+                    of_micro_batch += float(count)
+                counts.append(of_micro_batch)
+                if direction is not None:
+                    reached.append(self._along(direction))
+        return loss_sum, counts, reached
+
     def _along(self, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         # Gradients add up over the micro-batches; so do their products with the direction.
-        products = []
-        for name, entries in direction.items():
-            gradient = self._parameters[name].grad
-            zero = entries.new_zeros(())
-            products.append(zero if gradient is None else torch.dot(gradient.double().view(-1), entries.reshape(-1)))
-        return torch.stack(products)
+        gradients = {name: tensor.grad for name, tensor in self._parameters.items() if tensor.grad is not None}
+        return dots(Combination([(1.0, gradients)], like=self._parameters), direction)
 
     def loss(
         self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], *, states: RandomStates | None = None
@@ -238,17 +262,29 @@ class LossSurface:
         float
             In nats.
         """
-        set_parameters(self._parameters, theta)
-        loss_sum, predictions = 0.0, 0.0
+        self._stand_at(theta)
         # Where no gradient is wanted torch may choose another attention kernel, which draws another dropout.
-        with self._mode(states) as draw, torch.set_grad_enabled(states is not None):
-            for position, micro_batch in enumerate(micro_batches):
-                draw(position)
-                with self.precision.forward(self.device):
-                    loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
-                loss_sum += float(loss.detach())
-                predictions += float(count)
+        with torch.set_grad_enabled(states is not None):
+            loss_sum, predictions = self._pieces.fit(
+                micro_batches, lambda: self._total(micro_batches, states), whole=states is not None
+            )
         return loss_sum / predictions
+
+    def _total(self, micro_batches: Sequence[Any], states: RandomStates | None) -> tuple[float, float]:
+        loss_sum, predictions = 0.0, 0.0
+        with self._mode(states) as draw:
+            for position in range(len(micro_batches)):
+                draw(position)
+                for piece in self._pieces.each(position):
+                    loss, count = self._measure(piece)
+                    loss_sum += loss
+                    predictions += count
+        return loss_sum, predictions
+
+    def _measure(self, micro_batch: Any) -> tuple[float, float]:
+        with self.precision.forward(self.device):
+            loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
+        return float(loss.detach()), float(count)
 
     def _mode(self, states: RandomStates | None) -> AbstractContextManager[Callable[[int], None]]:
         if states is None:

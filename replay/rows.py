@@ -10,7 +10,7 @@ import numpy as np
 
 from recorder.steps import Step
 from recorder.table import Parameter
-from replay.allocate import Allocation, Tolerance, sum_over_units
+from replay.allocate import Allocation, Tolerance
 from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, Shard
 
 if TYPE_CHECKING:
@@ -68,18 +68,16 @@ class Rows:
             "loss_end": allocation.loss_end,
             "residual": residual,
             "tolerance": self._tolerance.allowed(allocation.loss_start, allocation.loss_end),
-            "status": self._tolerance.status(residual, allocation.loss_start, allocation.loss_end),
+            "status": allocation.status(self._tolerance),
             "evaluations": allocation.evaluations,
         }
         for key, value in entries.items():
             self._per_step[key][row] = value
-        for parameter in self._trained:
-            name = parameter.name
-            sums = sum_over_units(allocation.lca(name), parameter)
+        for name, sums in allocation.sums(self._trained).items():
             for quantity in PER_UNIT:
-                self._per_unit[quantity][name][row] = getattr(sums, quantity).cpu().numpy()
-            for quantity, value in zip(PER_PARAMETER, allocation.geometry(name), strict=True):
-                self._per_parameter[quantity][name][row] = value
+                self._per_unit[quantity][name][row] = getattr(sums, quantity)
+            for quantity in PER_PARAMETER:
+                self._per_parameter[quantity][name][row] = getattr(sums, quantity)
         if allocation.spread is not None:
             self._add_spread(row, allocation)
 

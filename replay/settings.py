@@ -60,6 +60,8 @@ class Settings:
         Steps to a shard.
     recipe
         Device, dtype, threads and library versions: what the bits of a result depend on.
+    check_every
+        The losses at both ends, and with them the residual, are taken at steps that are multiples of this.
     """
 
     run_id: str
@@ -73,6 +75,7 @@ class Settings:
     dropout: str
     chunk: int
     recipe: Mapping[str, Any]
+    check_every: int = 1
 
     @property
     def hash(self) -> str:

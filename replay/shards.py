@@ -63,6 +63,7 @@ class Status(enum.IntEnum):
     CONVERGED = 0
     TOLERANCE_NOT_MET = 1
     NOT_FINITE = 2
+    NOT_CHECKED = 3
 
 
 PER_STEP = {

@@ -21,11 +21,11 @@ class Summary:
     counts
         Status to number of steps.
     change
-        Σ ΔL over the steps, in nats.
+        Σ ΔL over the steps whose losses were measured, in nats; so are all further numbers but the last.
     residual_median, residual_p99, residual_worst
-        Of |residual|, in nats.
+        Of |residual|, in nats; NaN where no step was checked.
     worst_step
-        The step of the worst residual.
+        The step of the worst residual; None where no step was checked.
     cumulative_residual
         Σ residual over the steps, in nats.
     cumulative_change
@@ -40,15 +40,15 @@ class Summary:
     residual_median: float
     residual_p99: float
     residual_worst: float
-    worst_step: int
+    worst_step: int | None
     cumulative_residual: float
     cumulative_change: float
     evaluations: int
 
     @property
     def balanced(self) -> bool:
-        """Whether every entry converged."""
-        return self.counts[Status.CONVERGED] == self.steps
+        """Whether every entry converged that was checked; one that is not finite is told in any case."""
+        return self.counts[Status.CONVERGED] + self.counts[Status.NOT_CHECKED] == self.steps
 
     def lines(self, name: str) -> list[str]:
         """Say it in two lines.
@@ -65,7 +65,12 @@ class Summary:
         """
         counts = ", ".join(f"{count} {status.name.lower()}" for status, count in self.counts.items() if count)
         share = abs(self.cumulative_residual) / self.cumulative_change if self.cumulative_change else 0.0
-        totals = f"ΔL {self.change:+.4f} nat, {self.evaluations} gradient evaluations"
+        checked = self.steps - self.counts[Status.NOT_CHECKED]
+        over = "" if checked == self.steps else f" over the {checked} checked steps"
+        totals = f"ΔL {self.change:+.4f} nat{over}, {self.evaluations} gradient evaluations"
+        if not checked:
+            totals = f"{self.evaluations} gradient evaluations"
+            return [f"{name}: {self.steps} steps ({counts}), {totals}", f"{name}: no step's residual was taken"]
         residuals = (
             f"|residual| median {self.residual_median:.1e}, 99th percentile {self.residual_p99:.1e}, worst "
             f"{self.residual_worst:.1e} nat at step {self.worst_step}; cumulative {share:.1e} of Σ|ΔL|"
@@ -91,22 +96,25 @@ def summarise(folder: ShardFolder) -> Summary:
         np.concatenate([shard[name] for shard in shards])
         for name in ("step", "status", "residual", "loss_start", "loss_end", "evaluations")
     )
+    counts = {member: int((status == member).sum()) for member in Status}
+    checked = status != Status.NOT_CHECKED
+    step, residual, start, end = (column[checked] for column in (step, residual, start, end))
     size = np.abs(residual)
     # In a diverged step inf - inf is NaN, as the summary then says; the interpolation of a quantile subtracts too.
     with np.errstate(invalid="ignore"):
         change = end - start
         cumulative_residual = residual.sum()
-        median, p99 = np.quantile(size, [0.5, 0.99])
+        median, p99 = np.quantile(size, [0.5, 0.99]) if size.size else (np.nan, np.nan)
     # A residual that is not finite is the worst of all.
-    worst = int(np.argmax(np.where(np.isfinite(size), size, np.inf)))
+    worst = int(np.argmax(np.where(np.isfinite(size), size, np.inf))) if size.size else None
     return Summary(
-        steps=len(step),
-        counts={member: int((status == member).sum()) for member in Status},
+        steps=len(status),
+        counts=counts,
         change=float(change.sum()),
         residual_median=float(median),
         residual_p99=float(p99),
-        residual_worst=float(size[worst]),
-        worst_step=int(step[worst]),
+        residual_worst=np.nan if worst is None else float(size[worst]),
+        worst_step=None if worst is None else int(step[worst]),
         cumulative_residual=float(cumulative_residual),
         cumulative_change=float(np.abs(change).sum()),
         evaluations=int(evaluations.sum()),

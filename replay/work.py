@@ -10,7 +10,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,20 +19,19 @@ from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
 from replay import dropout, lossdata
-from replay.allocate import Allocation, Theta, Tolerance, allocate, by_weight
+from replay.allocate import Allocation, Tolerance, allocate, by_weight
 from replay.chunks import chunks
 from replay.entries import EntryFolder
 from replay.examples import Grouped
-from replay.gradients import Evaluation, LossSurface
+from replay.gradients import Evaluation, LossSurface, Theta
+from replay.memory import bytes_of_worker
 from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
+from replay.reading import ReadAhead
 from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
 from replay.settings import Settings, digest_of_table
 from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, ShardFolder
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +60,8 @@ class Job:
         Threads of torch in each worker.
     workload, data
         As on the command line.
+    check_every
+        Take the losses at both ends at steps that are multiples of this.
     dropout
         ``off``, or ``recorded`` for the loss data whose examples the training saw in that order.
     windows
@@ -80,6 +80,7 @@ class Job:
     threads: int
     workload: str | None
     data: str | None
+    check_every: int = 1
     dropout: str = dropout.OFF
     windows: tuple[tuple[int, int], ...] = ()
 
@@ -141,6 +142,7 @@ class Replayer:
         self._device = torch.device(job.device)
         self._trained = trained
         self._held = bool(self.run.manifest.buffers)
+        self._reader = ReadAhead(self.run, self._device, self.precision)
         self.surface = LossSurface(
             self.workload,
             [parameter.name for parameter in self._trained],
@@ -180,6 +182,7 @@ class Replayer:
             dropout=self.dropout_of(name),
             chunk=self.job.chunk,
             recipe={**current_recipe(self._device), "dtype": self.precision.name},
+            check_every=self.job.check_every,
         )
         provenance = {
             "run": dict(manifest.provenance),
@@ -262,18 +265,15 @@ class Replayer:
         rows = {name: Rows(len(steps), self._trained, self._tolerance) for name in task.loss_data}
         kept = {name: self.entries[name].collect(task.start, task.stop) for name in task.loss_data}
         known: dict[str, Evaluation | None] = {}
-        end = self._theta(task.start)
-        for t in steps:
-            start, end = end, self._theta(t + 1)
-            step = self.run.step(t)
+        for step in self._reader.steps(task.start, task.stop):
             if self._held:
-                self.surface.hold(self.run.buffers(t))
-            ends = _Ends(start, end)
+                self.surface.hold(step.buffers)
+            ends = _Ends(step.start, step.end)
             for name in task.loss_data:
-                allocation = self._allocate(step, name, ends, known)
-                rows[name].add(step, allocation)
-                kept[name].add(t, allocation)
-            self.on_step(t)
+                allocation = self._allocate(step.record, name, ends, known)
+                rows[name].add(step.record, allocation)
+                kept[name].add(step.record.step, allocation)
+            self.on_step(step.record.step)
         attempts = self.run.attempts_within(task.start, task.stop)
         files = tuple(
             str(self.folders[name].write(task.start, task.stop, rows[name].shard(), attempts))
@@ -316,6 +316,22 @@ class Replayer:
         """
         data = self.loss_data[name]
         return [part.name for part in data.parts] if isinstance(data, Grouped) else [name]
+
+    def bytes_in_memory(self, task: Task) -> int:
+        """Estimate what a worker on a task holds at most, as `replay.memory` has it.
+
+        Parameters
+        ----------
+        task
+            The task.
+
+        Returns
+        -------
+        int
+            Bytes, beside those of Python and its libraries and of one pass over a micro-batch.
+        """
+        data = [self.loss_data[name] for name in task.loss_data]
+        return bytes_of_worker(self._trained, self.rule, self.precision, data, self.bytes_written(task))
 
     def bytes_written(self, task: Task) -> int:
         """Count the bytes of a task's shards, without their headers.
@@ -370,6 +386,7 @@ class Replayer:
             first=known.get(name),
             tolerance=self._tolerance,
             along=along if data.sampled else None,
+            check=step.step % self.job.check_every == 0,
         )
         known[name] = allocation.end if data.fixed and not self._held else None
         if name in self._in_groups:

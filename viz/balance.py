@@ -127,6 +127,8 @@ def _caption(books: Sequence[xr.Dataset]) -> str:
         )
     if _any(books, "status", "not_finite"):
         sentences.append("A step whose loss or gradient was not finite is marked on the upper edge.")
+    if _any(books, "status", "not_checked"):
+        sentences.append("Steps whose losses were not measured have a dot above and nothing beneath.")
     if _any(books, "status", "missing"):
         sentences.append("Steps that were not replayed leave a gap.")
     return " ".join(sentences)

@@ -1,8 +1,8 @@
 """The numbers behind every figure and the table: pure functions of a cube, without matplotlib.
 
 Everything is in nats and means what docs/formats/cube.md says. Sums over steps run over the *counted* steps of one
-loss data, those with status ``converged`` or ``tolerance_not_met``; the others hold no usable LCA, and how many
-they are stands beside every sum (`Totals.statuses`).
+loss data, those with status ``converged``, ``tolerance_not_met`` or ``not_checked``; the others hold no usable LCA,
+and how many they are stands beside every sum (`Totals.statuses`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import xarray as xr
 
 from recorder.errors import UsageError
 
-COUNTED = ("converged", "tolerance_not_met")
+COUNTED = ("converged", "tolerance_not_met", "not_checked")
 STEPS_AT_ONCE = 4096  # bounds the memory: 125,000 steps of a 12-layer model are 200 MB
 
 
@@ -37,9 +37,9 @@ class Totals:
     total
         Sum of `by_component`.
     measured
-        Σ (loss_end - loss_start) over the same steps.
+        Σ (loss_end - loss_start) over the same steps; NaN where the losses of one were not measured.
     worst_residual
-        Largest |residual| of a counted step, NaN where there is none.
+        Largest |residual| of a counted step, NaN where none was taken.
     worst_step
         The step at which it happened.
     statuses
@@ -248,7 +248,7 @@ def totals(cube: xr.Dataset, data: str) -> Totals:
         cube[["loss_start", "loss_end", "residual", "tolerance"]].sel(data=data).isel(step=_counted(cube, data)).load()
     )
     sizes = np.abs(one["residual"].to_numpy())
-    worst = int(sizes.argmax()) if sizes.size else None
+    worst = int(np.nanargmax(sizes)) if np.isfinite(sizes).any() else None
     filled = cube["n_parameters"].sum("layer").to_numpy() > 0
     by_component = {
         str(name): float(amount)
@@ -262,7 +262,7 @@ def totals(cube: xr.Dataset, data: str) -> Totals:
         units=str(cube["lca"].attrs["units"]),
         by_component=by_component,
         total=float(np.sum(list(by_component.values()))),
-        measured=float((one["loss_end"] - one["loss_start"]).sum()) if sizes.size else float("nan"),
+        measured=float((one["loss_end"] - one["loss_start"]).sum(skipna=False)) if sizes.size else float("nan"),
         worst_residual=float("nan") if worst is None else float(sizes[worst]),
         worst_step=None if worst is None else int(one["step"][worst]),
         statuses={name: int((names == name).sum()) for name in _flags(cube["status"]).values()},

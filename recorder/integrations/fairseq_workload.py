@@ -16,6 +16,7 @@ from torch import nn
 
 from recorder.errors import FormatError, UsageError
 from recorder.integrations.fairseq_config import DICTIONARIES_FOLDER, fairseq_config, quietly
+from recorder.integrations.fairseq_halving import halve_sample
 from recorder.integrations.fairseq_masters import fairseq_masters
 from recorder.manifest import Trainer
 from recorder.steps import MicroBatch, Step
@@ -180,6 +181,21 @@ class FairseqWorkload:
         with quietly():
             loss_sum, sample_size, _ = self._criterion(model, batch)
         return loss_sum, sample_size
+
+    def halve(self, batch: Any) -> tuple[Any, Any]:
+        """Cut a sample in two, for one that does not fit into memory.
+
+        Parameters
+        ----------
+        batch
+            fairseq's sample.
+
+        Returns
+        -------
+        tuple of dict
+            Two samples that add up to it.
+        """
+        return halve_sample(batch, self._task.source_dictionary.pad())
 
     def repeat_updates(
         self,

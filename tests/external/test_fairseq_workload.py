@@ -12,10 +12,10 @@ import torch
 
 from recorder import batches, tensorfile
 from recorder.__main__ import main
-from recorder.errors import UsageError
+from recorder.errors import MismatchError, UsageError
 from recorder.loading import load_workload
 from recorder.runformat import Run
-from recorder.workload import RepeatsUpdates, Workload
+from recorder.workload import HalvesBatches, RepeatsUpdates, Workload
 
 if importlib.util.find_spec("fairseq") is None:
     pytest.skip("needs fairseq 0.12.2", allow_module_level=True)
@@ -59,6 +59,28 @@ def test_the_rows_of_a_batch_come_in_the_order_asked_for(trainings: dict[str, An
     for name in ("src_tokens", "src_lengths"):
         assert torch.equal(one_way["net_input"][name][[2, 3, 0, 1]], other_way["net_input"][name])
     assert torch.equal(one_way["target"][[2, 3, 0, 1]], other_way["target"])
+
+
+@each_task
+def test_the_halves_of_a_sample_add_up_to_it(trainings: dict[str, Any], task: str) -> None:
+    run = Run(trainings[task].run)
+    workload = load_workload(run.path, run.manifest, None, None)
+    assert isinstance(workload, HalvesBatches)
+    model = workload.model().eval()
+    sample = workload.batch([9, 2, 30, 17, 4], split="train", epoch=1)
+    halves = workload.halve(sample)
+    assert [half["nsentences"] for half in halves] == [3, 2]
+    assert torch.cat([half["id"] for half in halves]).tolist() == [9, 2, 30, 17, 4]
+    assert sum(half["ntokens"] for half in halves) == sample["ntokens"]
+    with torch.no_grad():
+        loss, count = workload.loss(model, sample)
+        parts = [workload.loss(model, half) for half in halves]
+    assert sum(float(of_half) for _, of_half in parts) == float(count)
+    assert sum(float(of_half) for of_half, _ in parts) == pytest.approx(float(loss), rel=1e-5)
+    with pytest.raises(UsageError, match="a single sentence does not fit into memory"):
+        workload.halve(workload.batch([9], split="train", epoch=1))
+    with pytest.raises(MismatchError, match="cannot be cut in two: expected its 7 tokens in the target or the source"):
+        workload.halve({**sample, "ntokens": 7})
 
 
 @each_task

@@ -35,8 +35,8 @@ def test_plain_xarray_opens_it_with_every_coordinate_and_label(made: Path) -> No
         for name, variable in dataset.variables.items():
             assert variable.attrs["long_name"], name
             assert variable.attrs["units"], name
-        assert dataset.status.attrs["flag_values"].tolist() == [0, 1, 2, 3]
-        assert dataset.status.attrs["flag_meanings"] == "converged tolerance_not_met not_finite missing"
+        assert dataset.status.attrs["flag_values"].tolist() == [0, 1, 2, 3, 4]
+        assert dataset.status.attrs["flag_meanings"] == "converged tolerance_not_met not_finite not_checked missing"
         assert dataset.layer.values.tolist() == ["encoder.2", "encoder.10", "decoder.0", "model"]
         assert dataset["stack"].values.tolist() == ["encoder", "encoder", "decoder", "model"]
         assert dataset.depth.values.tolist() == [2, 10, 0, -1]

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from recorder.table import Parameter
-from replay.allocate import FLOOR_ULPS, Allocation, Tolerance, allocate, sum_over_units
+from replay import unitsums
+from replay.allocate import FLOOR_ULPS, Allocation, Tolerance, allocate
 from replay.gradients import Evaluation
 from replay.quadrature import ADAPTIVE, RULES
 from replay.shards import Status
+from replay.unitsums import ParameterSums, sum_parameters
 
 SHAPES = {"matrix": (2, 3), "vector": (3,), "scalar": ()}
 SIZE = 10
@@ -38,6 +40,11 @@ def _split(flat: Any) -> dict[str, torch.Tensor]:
 
 def _lca(allocation: Allocation) -> Any:
     return _join({name: allocation.lca(name) for name in SHAPES})
+
+
+def _sums(allocation: Allocation) -> dict[str, ParameterSums]:
+    rows = [Parameter(name=name, shape=shape, dtype="float64") for name, shape in SHAPES.items()]
+    return allocation.sums(rows)
 
 
 def _join(theta: Theta) -> Any:
@@ -147,8 +154,9 @@ def test_a_parameter_without_gradient_gets_zero_and_keeps_its_shape() -> None:
     assert torch.equal(allocation.lca("matrix"), torch.zeros(2, 3, dtype=torch.float64))
     assert float(allocation.lca("scalar")) == 0
     assert bool((allocation.lca("vector") > 0).all())
-    assert allocation.geometry("matrix")[0] == 0
-    assert math.isnan(allocation.geometry("matrix")[2])
+    sums = _sums(allocation)["matrix"]
+    assert sums.gradient_norm == 0
+    assert math.isnan(sums.cosine)
 
 
 def test_float32_parameters_are_accumulated_in_float64() -> None:
@@ -243,7 +251,8 @@ def test_a_parameters_lca_is_the_product_of_both_lengths_and_the_cosine() -> Non
     loss, _, start, end = _positive_quadratic()
     allocation = loss.allocate(start, end)
     for name in SHAPES:
-        gradient, update, cosine = allocation.geometry(name)
+        sums = _sums(allocation)[name]
+        gradient, update, cosine = sums.gradient_norm, sums.update_norm, sums.cosine
         assert gradient == pytest.approx(float(allocation.gradient[name].norm()), rel=1e-12)
         assert update == pytest.approx(float((_split(end)[name] - _split(start)[name]).norm()), rel=1e-12)
         assert gradient * update * cosine == pytest.approx(float(allocation.lca(name).sum()), rel=1e-12)
@@ -307,8 +316,8 @@ def test_the_adaptive_rule_too_uses_and_hands_on_the_evaluations_at_the_ends() -
 
 
 @settings(deadline=None)
-@given(shape=hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), data=st.data())
-def test_units_are_summed_as_a_plain_loop_sums_them(shape: tuple[int, ...], data: st.DataObject) -> None:
+@given(shape=hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), block=st.integers(1, 20), data=st.data())
+def test_units_are_summed_as_a_plain_loop_sums_them(shape: tuple[int, ...], block: int, data: st.DataObject) -> None:
     axis = data.draw(st.integers(0, max(len(shape) - 1, 0)))
     # Whole numbers: sums are exact in any order.
     entries = data.draw(hnp.arrays(np.int64, shape, elements=st.integers(-9, 9)))
@@ -322,9 +331,13 @@ def test_units_are_summed_as_a_plain_loop_sums_them(shape: tuple[int, ...], data
         if entry > 0:
             positive_sums[unit] += entry
             counts[unit] += 1
-    found = sum_over_units(torch.tensor(entries.astype(np.float64)), parameter)
+    lca = torch.tensor(entries.astype(np.float64))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(unitsums, "BLOCK", block)
+        found = sum_parameters([parameter], {"p": lca}, {"p": torch.ones_like(lca)})["p"]
     assert found.sum.tolist() == sums
     assert found.positive_sum.tolist() == positive_sums
     assert found.positive_count.tolist() == counts
     assert found.zero_count.tolist() == zeros
-    assert (found.sum.dtype, found.positive_count.dtype) == (torch.float64, torch.int64)
+    assert found.sum.dtype == np.float64
+    assert found.positive_count.dtype == np.int64

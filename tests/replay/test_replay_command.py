@@ -233,6 +233,11 @@ def test_a_dry_run_writes_no_shard_and_foretells_evaluations_and_bytes(
     assert dry.out == ""
     assert not tasks
     assert not list(run.rglob("shards/*/*.safetensors"))
+    assert re.search(
+        r"dry run: each worker holds about 0\.0[4-9] GB, beside Python's libraries and what a forward and backward "
+        "pass over one micro-batch takes",
+        dry.err,
+    )
     foretold = re.search(r"dry run: (\d+) gradient evaluations, (\d+\.\d) MB to write", dry.err)
     assert foretold
     assert replay(run, *arguments, loss_data=BOTH) == 0
@@ -325,7 +330,7 @@ def test_json_is_one_document_on_standard_output(run: Path, replay: Command, fol
     assert document["batch"] == {
         "shards": str(folder(run, "batch").path),
         "steps": 6,
-        "status": {"converged": 6, "tolerance_not_met": 0, "not_finite": 0},
+        "status": {"converged": 6, "tolerance_not_met": 0, "not_finite": 0, "not_checked": 0},
         "worst_residual": residual,
     }
 

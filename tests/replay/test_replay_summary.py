@@ -51,7 +51,10 @@ def test_the_books_are_summed_over_all_shards(tmp_path: Path) -> None:
     status = [Status.CONVERGED, Status.TOLERANCE_NOT_MET, Status.CONVERGED]
     summary = summarise(_folder(tmp_path, [1e-3, -4e-3, 2e-3], [2.0, 2.5, 1.5], status))
     assert summary.steps == 3
-    assert dict(summary.counts) == {Status.CONVERGED: 2, Status.TOLERANCE_NOT_MET: 1, Status.NOT_FINITE: 0}
+    assert {status: count for status, count in summary.counts.items() if count} == {
+        Status.CONVERGED: 2,
+        Status.TOLERANCE_NOT_MET: 1,
+    }
     assert not summary.balanced
     assert (summary.change, summary.cumulative_change) == (-1.5, 2.5)
     assert (summary.residual_median, summary.residual_worst, summary.worst_step) == (2e-3, 4e-3, 11)

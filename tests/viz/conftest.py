@@ -13,7 +13,8 @@ ATTENTION = ["key", "query", "value", "out"]
 CROSS = [f"cross_{name}" for name in ATTENTION]
 FEED_FORWARD = ["W1", "W2"]
 COMPONENTS = [*ATTENTION, *CROSS, *FEED_FORWARD, "embedding", "position", "norm", "output", "other"]
-STATUSES = ["converged", "tolerance_not_met", "not_finite", "missing"]
+STATUSES = ["converged", "tolerance_not_met", "not_finite", "not_checked", "missing"]
+LOST = ("not_finite", "missing")
 SHAPES = {"encoder-decoder": (6, 6), "decoder-only": (0, 12), "encoder-only": (12, 0)}
 HEADS = 4
 
@@ -49,8 +50,9 @@ def make_cube(
 ) -> xr.Dataset:
     """Make a cube in memory.
 
-    `status` sets single entries, by loss data and position: ``tolerance_not_met`` gets a residual to match, the
-    other two NaN. `first_step_still`: learning rate 0, nothing moves, residual exactly 0.
+    `status` sets single entries, by loss data and position: ``tolerance_not_met`` gets a residual to match,
+    ``not_checked`` no losses, the other two NaN. `first_step_still`: learning rate 0, nothing moves, residual exactly
+    0.
     """
     random = np.random.default_rng(seed)
     encoders, decoders = SHAPES[shape]
@@ -72,8 +74,8 @@ def make_cube(
     for (name, position), text in (status or {}).items():
         entry = (list(data).index(name), position)
         codes[entry] = STATUSES.index(text)
-        residual[entry] = np.nan if text in STATUSES[2:] else 0.05
-        if text in STATUSES[2:]:
+        residual[entry] = np.nan if text in LOST else 0.05
+        if text in LOST:
             lca[entry] = np.nan
     change = np.nansum(lca, axis=(2, 3)) - residual
     loss_end = 9.0 + np.cumsum(np.nan_to_num(change), axis=1)
@@ -81,6 +83,10 @@ def make_cube(
     loss_end[np.isnan(change)] = np.nan
     allowed = np.array([_tolerance(name, tolerances) for name in data])[:, :, None]
     allowed = allowed[:, 0] * np.abs(change) + allowed[:, 1] + 1e-6
+    for (name, position), text in (status or {}).items():
+        if text == "not_checked":
+            for entries in (loss_start, loss_end, residual, allowed):
+                entries[list(data).index(name), position] = np.nan
     head = np.full((*amounts[:3], len(ATTENTION + CROSS), HEADS), np.nan)
     head[...] = lca[..., : len(ATTENTION + CROSS), None] / HEADS
     cells, entry_dims = ("data", "step", "layer", "component"), ("data", "step")
@@ -101,7 +107,7 @@ def make_cube(
                 entry_dims,
                 codes,
                 "how the entry came about",
-                flag_values=np.arange(4, dtype=np.int8),
+                flag_values=np.arange(len(STATUSES), dtype=np.int8),
                 flag_meanings=" ".join(STATUSES),
             ),
             "evaluations": _named(entry_dims, np.full(amounts[:2], 3), "gradient evaluations"),

@@ -185,7 +185,7 @@ def test_a_step_that_is_not_finite_is_marked_on_the_upper_edge(make_cube: MakeCu
     assert "marked on the upper edge" in _text(figure)
 
 
-@pytest.mark.parametrize("status", ["missing", "not_finite"])
+@pytest.mark.parametrize("status", ["missing", "not_finite", "not_checked"])
 def test_a_run_without_one_step_that_counts_can_be_drawn(make_cube: MakeCube, status: str, tmp_path: Path) -> None:
     cube = make_cube(steps=1, data=("batch",), status={("batch", 0): status})
     save_figure(plot_figure1({"run": cube}, data="batch"), tmp_path / "a.png", "png")

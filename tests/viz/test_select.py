@@ -112,7 +112,7 @@ def test_steps_that_do_not_count_are_in_no_sum(make_cube: MakeCube) -> None:
     found = select.totals(cube, "batch")
     assert found.total == float(counted["lca"].sum())
     assert found.measured == pytest.approx(float((counted["loss_end"] - counted["loss_start"]).sum()), rel=1e-12)
-    assert found.statuses == {"converged": 37, "tolerance_not_met": 1, "not_finite": 1, "missing": 1}
+    assert found.statuses == {"converged": 37, "tolerance_not_met": 1, "not_finite": 1, "not_checked": 0, "missing": 1}
     assert (found.worst_residual, found.worst_step) == (0.05, 3)
     books = select.balance(cube, "batch")
     assert books["step"].values[np.isnan(books["allocated"].values)].tolist() == [5, 9]
@@ -144,3 +144,17 @@ def test_unknown_loss_data_is_named_with_the_known(make_cube: MakeCube) -> None:
     assert list(select.cubes_with(cubes, "probe")) == ["b"]
     with pytest.raises(UsageError, match=r"expected one that the cubes carry \(batch, probe\), found 'prob'"):
         select.cubes_with(cubes, "prob")
+
+
+def test_steps_that_were_not_checked_count_and_leave_the_measured_change_open(make_cube: MakeCube) -> None:
+    whole = select.totals(make_cube(), "batch")
+    cube = make_cube(status={("batch", step): "not_checked" for step in range(1, 40) if step % 4})
+    found = select.totals(cube, "batch")
+    assert found.total == whole.total
+    assert math.isnan(found.measured)
+    assert found.worst_step is not None
+    assert found.worst_step % 4 == 0
+    assert (found.statuses["converged"], found.statuses["not_checked"]) == (10, 30)
+    book = select.balance(cube, "batch")
+    assert np.isfinite(book["allocated"]).all()
+    assert not book["beyond"].any()
