@@ -101,9 +101,12 @@ def test_an_interrupt_at_the_terminal_is_one_line_and_keeps_what_is_finished(tmp
     run = tmp_path / "run"
     train(run, steps=60)
     unhurried = _command(run, f"{HERE}:unhurried")
+    # Tests started in the background have it ignored, and so would all their children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         unhurried, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
+        signal.signal(signal.SIGINT, before)
         while process.poll() is None and len(list(run.glob("shards/*/*.safetensors"))) < 4:
             time.sleep(0.02)
         # As a terminal does: every process of the group gets it, the workers too.
