@@ -6,13 +6,13 @@ import datetime
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 
 from benchmarks.overhead import Overhead
 from benchmarks.storedshare import StoredShare
 from recorder.estimate import STORED_SHARE
+from recorder.recipe import current_recipe
 
 TITLES = {
     "a": "60 million float32 parameters, 1.4 s a step off the host's cores",
@@ -38,15 +38,8 @@ def machine() -> str:
     """
     day = datetime.datetime.now(tz=datetime.UTC).date()
     devices = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    cores = f"{_processor()}, {os.cpu_count()} cores"
+    cores = f"{current_recipe(torch.device('cpu'))['device_name']}, {os.cpu_count()} cores"
     return ", ".join([str(day), cores, *devices, f"Python {platform.python_version()}", f"torch {torch.__version__}"])
-
-
-def _processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def text(results: Mapping[str, Overhead | list[StoredShare] | None]) -> str:

@@ -324,7 +324,10 @@ def refuse_what_is_no_run(path: Path) -> None:
         and not (entry.name.startswith(".") and entry.name.endswith(durable.TEMPORARY_SUFFIX))
     )
     segments = path / SEGMENTS_FOLDER
-    if foreign or (segments.exists() and any(segments.iterdir())):
+    if not foreign and not (segments.exists() and any(segments.iterdir())):
+        return
+    # Asked again: another recorder may have begun meanwhile, and is in the lock's way alone.
+    if not (path / MANIFEST_FILE).exists():
         message = (
             f"{path} is not empty and holds no run; nothing is overwritten. Give another folder, or remove this one"
         )

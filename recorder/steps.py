@@ -62,6 +62,18 @@ class MicroBatch:
         """
         return batches.put_together(self.nest, lambda path: self.tensors[path])
 
+    def set_random_state(self, device: torch.device) -> None:
+        """Set torch's generators to where they were just before the micro-batch's forward pass.
+
+        Parameters
+        ----------
+        device
+            Where the model is: that of a GPU has a generator of its own.
+        """
+        torch.set_rng_state(self.random_state["rng_cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(self.random_state["rng_cuda"], device)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Step:

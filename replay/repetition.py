@@ -196,9 +196,7 @@ def _accumulate_gradients(
         losses = []
         for micro_batch in step.micro_batches:
             batch = to_device(recorded_or_collated(workload, step, micro_batch), device)
-            torch.set_rng_state(micro_batch.random_state["rng_cpu"])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(micro_batch.random_state["rng_cuda"], device)
+            micro_batch.set_random_state(device)
             with _autocast(manifest, device):
                 loss_sum, predictions = workload.loss(model, batch)
             (loss_sum if scale == 1 else loss_sum * scale).backward()  # type: ignore[no-untyped-call]

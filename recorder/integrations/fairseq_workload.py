@@ -234,7 +234,7 @@ class FairseqWorkload:
             passes: list[MicroBatch] = []
             # Every process draws from a generator of its own; --amp may go through all passes again.
             trainer.criterion.register_forward_pre_hook(
-                lambda module, args: _set_random_state(passes[len(losses) % len(passes)], trainer.device)
+                lambda module, args: passes[len(losses) % len(passes)].set_random_state(trainer.device)
             )
             trainer.criterion.register_forward_hook(
                 lambda module, args, output: losses.append((float(output[0].detach()), float(output[1])))
@@ -268,12 +268,6 @@ class FairseqWorkload:
         if micro_batch.stored:
             return micro_batch.batch()
         return self.batch(micro_batch.indices.tolist(), split="train", epoch=step.epoch)
-
-
-def _set_random_state(micro_batch: MicroBatch, device: torch.device) -> None:
-    torch.set_rng_state(micro_batch.random_state["rng_cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(micro_batch.random_state["rng_cuda"], device)
 
 
 def _permute_rows(sample: Any, order: torch.Tensor) -> Any:

@@ -7,7 +7,7 @@ import random
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from recorder.lock import LOCK_FILE
 from recorder.manifest import MANIFEST_FILE, Manifest
 from recorder.parameters import UnmappedParameterWarning
 from recorder.recording import GRADIENT_NORMS, RecorderWarning, Recording
-from recorder.runfolder import BALLAST_FILE
+from recorder.runfolder import BALLAST_FILE, refuse_what_is_no_run
 from recorder.runformat import Run
 from tests.cases import LanguageModelling, train
 
@@ -770,6 +770,19 @@ def test_a_folder_that_holds_anything_but_a_run_is_refused_and_left_untouched(
         recorder.watch(model, SGD(model.parameters(), lr=0.1), run=tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != LOCK_FILE] == [file]
     assert file.read_text() == "mine"
+
+
+def test_a_run_that_another_recorder_begins_at_the_same_moment_is_not_taken_for_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Path.iterdir
+
+    def list_what_has_just_begun(path: Path) -> Iterator[Path]:
+        (tmp_path / MANIFEST_FILE).touch()
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", list_what_has_just_begun)
+    refuse_what_is_no_run(tmp_path)
 
 
 def test_a_folder_with_only_a_killed_writers_leftover_is_as_good_as_empty(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
         seeds = {entry["seed"] for entry in entries} - {None}
         lines.append(f"| {name} | {text} | {kept:,} of {tried:,}{_unit(name)} | {', '.join(map(str, sorted(seeds)))} |")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores"
+    kernel = platform.release().partition("-")[0]
+    system = f"Python {platform.python_version()}, {platform.system()} {kernel}, {os.cpu_count()} cores"
     return [*lines, "", f"{'Full' if FULL else 'Reduced'} counts, seed {SEED}; {versions}; {system}."]
 
 

@@ -6,6 +6,7 @@ The workloads are named on command lines as ``--workload tests.replay.variants:<
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,14 @@ class DrawingElsewhere(DroppingOut):
         return super().loss(model, batch)
 
 
+class Unhurried(LanguageModelling):
+    """Takes its time, so that a replay can be caught at its work however busy the machine is."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+        time.sleep(0.05)
+        return super().loss(model, batch)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Repeating(LanguageModelling):
     """Knows its loop's own arithmetic, as the fairseq workload does: Adam, mean over the update's predictions."""
@@ -181,6 +190,10 @@ def dropping_out() -> LanguageModelling:
 
 def drawing_elsewhere() -> LanguageModelling:
     return DrawingElsewhere()
+
+
+def unhurried() -> LanguageModelling:
+    return Unhurried()
 
 
 def repeating() -> LanguageModelling:
