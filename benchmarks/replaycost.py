@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.peak import peak_bytes, reset_peak, resident_bytes
 from recorder.runformat import Run
+from replay.job import Job, Task
 from replay.shards import Status
-from replay.work import Job, Replayer, Task
+from replay.work import Replayer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,8 +19,9 @@ from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
 from recorder.recovery import recover
 from recorder.runformat import Run
-from replay import dropout, entries, lossdata, where
+from replay import cost, dropout, entries, lossdata, where
 from replay.chunks import parse_windows
+from replay.job import Job, Receipt, Task, plan
 from replay.log import Log
 from replay.outcomes import Outcome, gather
 from replay.passes import check_recipe, check_table
@@ -32,7 +33,7 @@ from replay.serial import run_serially
 from replay.shards import FOLDER
 from replay.summary import summarise
 from replay.where import Where
-from replay.work import Job, Receipt, Replayer, Task, plan, replayer
+from replay.work import Replayer, replayer
 
 PROGRAM = "python -m replay"
 
@@ -240,9 +241,9 @@ def _replay(options: argparse.Namespace) -> int:
     work_on = {name for task in tasks for name in task.loss_data}
     commandline.say(f"self-check: {'; '.join([report.text, *check_recipe(opened, work_on)])}")
     if options.dry_run:
-        evaluations = sum(opened.evaluations(task) for task in tasks)
+        evaluations = sum(cost.evaluations(opened, task) for task in tasks)
         free = shutil.disk_usage(run.path).free
-        written = sum(opened.bytes_written(task) for task in tasks)
+        written = sum(cost.bytes_written(opened, task) for task in tasks)
         kept = sum(of_entries.bytes_to_come for of_entries in opened.entries.values())
         least = "at least " if isinstance(opened.rule, AdaptiveRule) else ""
         commandline.say(
@@ -250,7 +251,7 @@ def _replay(options: argparse.Namespace) -> int:
             f"{f' and {kept / 1e6:.1f} MB of single entries' if kept else ''} ({free / 1e9:.1f} GB free)"
         )
         if tasks:
-            memory = max(opened.bytes_in_memory(task) for task in tasks)
+            memory = max(cost.bytes_in_memory(opened, task) for task in tasks)
             commandline.say(
                 f"dry run: each worker holds about {memory / 1e9:.2f} GB, beside Python's libraries and what a forward "
                 "and backward pass over one micro-batch takes"

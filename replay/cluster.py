@@ -34,10 +34,11 @@ from distributed.utils import silence_logging_cmgr
 
 from recorder import commandline
 from recorder.errors import UsageError
+from replay.job import Job, Receipt, Task
 from replay.lossdata import parse
 from replay.outcomes import Failure, Outcome, StalledError, reason_and_trace
 from replay.where import Where
-from replay.work import Job, Receipt, Task, do, replayer
+from replay.work import do, replayer
 from replay.workers import WorkerProcesses, end_with_the_driver
 
 TICK = 0.2

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from recorder import commandline
 from recorder.errors import LossledgerError, UsageError
 from recorder.ranges import describe_ranges
+from replay.job import Receipt, Task
 from replay.log import Log
-from replay.work import Receipt, Task
 
 ALIKE = 3
 """So many first failures for the same reason are taken for the failure of all."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+from replay.job import Job, Task
 from replay.outcomes import Failure, Outcome, reason_and_trace
-from replay.work import Job, Task, do
+from replay.work import do
 
 
 def run_serially(job: Job, tasks: Sequence[Task]) -> Generator[Outcome]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from recorder.errors import UsageError
-from replay.work import Job, Task
+from replay.job import Job, Task
 
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
 """The environment variable by which dask's own programs find a scheduler."""

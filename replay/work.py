@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from recorder.loading import load_workload
@@ -20,102 +19,17 @@ from recorder.runformat import Run
 from recorder.steps import Step
 from replay import dropout, lossdata
 from replay.allocate import Allocation, Tolerance, allocate, by_weight
-from replay.chunks import chunks
 from replay.entries import EntryFolder
 from replay.examples import Grouped
 from replay.gradients import Evaluation, LossSurface, Theta
-from replay.memory import bytes_of_worker
+from replay.job import Job, Receipt, Task
 from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
 from replay.reading import ReadAhead
 from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
 from replay.settings import Settings, digest_of_table
-from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, ShardFolder
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """Everything a worker needs to know: hashable, and of plain types so that it travels to any process.
-
-    Parameters
-    ----------
-    run
-        The run's folder.
-    run_id
-        The run's identity: another run may take the same folder.
-    loss_data
-        As on the command line.
-    rule
-        Name of the quadrature rule.
-    rtol, atol
-        The tolerance of an entry.
-    chunk
-        Steps to a shard.
-    device
-        ``cpu`` or ``cuda``.
-    dtype
-        Name of the precision; None for what fits the recorded parameters.
-    threads
-        Threads of torch in each worker.
-    workload, data
-        As on the command line.
-    check_every
-        Take the losses at both ends at steps that are multiples of this.
-    dropout
-        ``off``, or ``recorded`` for the loss data whose examples the training saw in that order.
-    windows
-        Start and stop of the windows of steps whose LCA is kept for every entry.
-    """
-
-    run: str
-    run_id: str
-    loss_data: tuple[str, ...]
-    rule: str
-    rtol: float
-    atol: float
-    chunk: int
-    device: str
-    dtype: str | None
-    threads: int
-    workload: str | None
-    data: str | None
-    check_every: int = 1
-    dropout: str = dropout.OFF
-    windows: tuple[tuple[int, int], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """A chunk of steps, and the loss data whose shard of it is still missing.
-
-    Parameters
-    ----------
-    start, stop
-        The range of steps.
-    loss_data
-        Names.
-    """
-
-    start: int
-    stop: int
-    loss_data: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Receipt:
-    """Says that a task's shards are on disk.
-
-    Parameters
-    ----------
-    task
-        The task.
-    files
-        Its shards.
-    """
-
-    task: Task
-    files: tuple[str, ...]
+from replay.shards import ShardFolder
 
 
 class Replayer:
@@ -281,26 +195,6 @@ class Replayer:
         )
         return Receipt(task=task, files=files)
 
-    def evaluations(self, task: Task) -> int:
-        """Count the gradient evaluations that a task will take, at least.
-
-        Parameters
-        ----------
-        task
-            The task.
-
-        Returns
-        -------
-        int
-            Over all its steps and loss data.
-        """
-        nodes, steps = self.rule.least_evaluations, task.stop - task.start
-        # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
-        shared = self.rule.starts_at_start and self.rule.ends_at_end and not self._held
-        saved = steps - 1 if shared else 0
-        evaluated = {part for name in task.loss_data for part in self.evaluated(name)}
-        return sum(nodes * steps - (saved if self.loss_data[name].fixed else 0) for name in evaluated)
-
     def evaluated(self, name: str) -> list[str]:
         """List the loss data that are evaluated for one: itself, or its groups.
 
@@ -316,45 +210,6 @@ class Replayer:
         """
         data = self.loss_data[name]
         return [part.name for part in data.parts] if isinstance(data, Grouped) else [name]
-
-    def bytes_in_memory(self, task: Task) -> int:
-        """Estimate what a worker on a task holds at most, as `replay.memory` has it.
-
-        Parameters
-        ----------
-        task
-            The task.
-
-        Returns
-        -------
-        int
-            Bytes, beside those of Python and its libraries and of one pass over a micro-batch.
-        """
-        data = [self.loss_data[name] for name in task.loss_data]
-        return bytes_of_worker(self._trained, self.rule, self.precision, data, self.bytes_written(task))
-
-    def bytes_written(self, task: Task) -> int:
-        """Count the bytes of a task's shards, without their headers.
-
-        Parameters
-        ----------
-        task
-            The task.
-
-        Returns
-        -------
-        int
-            Bytes.
-        """
-        units = sum(parameter.units for parameter in self._trained)
-        of_units = units * sum(np.dtype(dtype).itemsize for dtype in PER_UNIT.values())
-        of_parameters = len(self._trained) * sum(np.dtype(dtype).itemsize for dtype in PER_PARAMETER.values())
-        per_step = of_units + of_parameters + sum(np.dtype(dtype).itemsize for dtype in PER_STEP.values())
-        steps = task.stop - task.start
-        sampled = [self.loss_data[name] for name in task.loss_data if self.loss_data[name].sampled]
-        first = self.run.step(task.start)
-        of_micro_batches = sum(len(data.micro_batches(first)) for data in sampled) * (len(self._trained) + 1) * 8
-        return steps * (per_step * len(task.loss_data) + of_micro_batches)
 
     def _theta(self, t: int) -> dict[str, torch.Tensor]:
         return {
@@ -436,42 +291,3 @@ def do(job: Job, task: Task) -> Receipt:
         What is on disk now.
     """
     return replayer(job).replay(task)
-
-
-def plan(
-    job: Job,
-    folders: Mapping[str, ShardFolder],
-    recorded: Sequence[tuple[int, int]],
-    *,
-    entries: Mapping[str, EntryFolder] | None = None,
-    again: bool = False,
-) -> list[Task]:
-    """List what is still to do: chunks of consecutive recorded steps whose shard is missing.
-
-    Parameters
-    ----------
-    job
-        Says the chunk length.
-    folders
-        Loss data to its folder of shards.
-    recorded
-        Start and stop of consecutive recorded steps.
-    entries
-        Loss data to what it keeps of single entries: a chunk of which that is missing is done again.
-    again
-        List the finished chunks too.
-
-    Returns
-    -------
-    list of Task
-        In the order of steps.
-    """
-    finished = {name: set() if again else set(folder.finished()) for name, folder in folders.items()}
-    for name, of_entries in (entries or {}).items():
-        finished[name] -= of_entries.missing()
-    tasks = []
-    for start, stop in chunks(recorded, job.chunk):
-        missing = tuple(name for name in folders if (start, stop) not in finished[name])
-        if missing:
-            tasks.append(Task(start=start, stop=stop, loss_data=missing))
-    return tasks

@@ -36,6 +36,7 @@ def test_info_for_a_machine_is_one_json_object_on_standard_output(
         "trainer": f"torch {manifest.trainer.version}",
         "steps": "steps 0-4",
         "selected_steps": "all",
+        "pruned_steps": "no steps",
         "segments": 3,
         "bytes": sum(file.stat().st_size for file in run.rglob("*") if file.is_file()),
         "trained_parameters": sum(tensor.numel() for tensor in model.parameters()),

@@ -25,6 +25,7 @@ from recorder.tensorfile import TensorFile
 from replay import entries, work
 from replay.allocate import Allocation
 from replay.entries import EntryFolder
+from replay.job import Receipt, Task
 from replay.settings import Settings
 from replay.shards import ShardFolder
 from tests import cases
@@ -133,7 +134,7 @@ def test_after_an_interruption_the_bytes_are_those_of_a_replay_at_once(
         path.unlink()
     compute = work.Replayer.replay
 
-    def until_interrupted(self: work.Replayer, task: work.Task) -> work.Receipt:
+    def until_interrupted(self: work.Replayer, task: Task) -> Receipt:
         if task.start == 3:
             raise KeyboardInterrupt
         return compute(self, task)

@@ -15,7 +15,8 @@ import torch
 from recorder.loading import load_workload
 from recorder.runformat import Run
 from recorder.segments import segment_file
-from replay import shards, work
+from replay import cost, shards, work
+from replay.job import Receipt, Task
 from replay.shards import ShardFolder, Status
 from tests import cases
 from tests.replay.variants import HERE, record
@@ -35,14 +36,14 @@ def foretold_bytes() -> list[int]:
 
 
 @pytest.fixture
-def tasks(monkeypatch: pytest.MonkeyPatch, foretold_bytes: list[int]) -> list[work.Task]:
+def tasks(monkeypatch: pytest.MonkeyPatch, foretold_bytes: list[int]) -> list[Task]:
     """The tasks that are really computed."""
-    done: list[work.Task] = []
+    done: list[Task] = []
     compute = work.Replayer.replay
 
-    def spy(self: work.Replayer, task: work.Task) -> work.Receipt:
+    def spy(self: work.Replayer, task: Task) -> Receipt:
         done.append(task)
-        foretold_bytes.append(self.bytes_written(task))
+        foretold_bytes.append(cost.bytes_written(self, task))
         return compute(self, task)
 
     monkeypatch.setattr(work.Replayer, "replay", spy)
@@ -129,7 +130,7 @@ def test_dropout_is_off_so_that_probe_losses_agree_from_step_to_step(
 
 
 def test_a_rerun_computes_nothing_and_touches_nothing(
-    run: Path, replay: Command, stamps: Stamps, tasks: list[work.Task], capsys: Captured
+    run: Path, replay: Command, stamps: Stamps, tasks: list[Task], capsys: Captured
 ) -> None:
     assert replay(run, loss_data=BOTH) == 0
     first = capsys.readouterr()
@@ -149,7 +150,7 @@ def test_an_interrupted_replay_keeps_what_is_finished_and_ends_with_the_same_byt
     compute = work.Replayer.replay
     left = 2
 
-    def until_interrupted(self: work.Replayer, task: work.Task) -> work.Receipt:
+    def until_interrupted(self: work.Replayer, task: Task) -> Receipt:
         nonlocal left
         if not left:
             raise KeyboardInterrupt
@@ -175,14 +176,14 @@ def test_an_interrupted_replay_keeps_what_is_finished_and_ends_with_the_same_byt
     assert len(continued) == 2 * (6 + 1)
 
 
-def test_a_missing_shard_alone_is_computed_again(run: Path, replay: Command, tasks: list[work.Task]) -> None:
+def test_a_missing_shard_alone_is_computed_again(run: Path, replay: Command, tasks: list[Task]) -> None:
     assert replay(run, "--chunk", "2", loss_data=BOTH) == 0
     before = _bytes(run)
     (lost,) = (path for path in run.rglob("00000002-*") if ShardFolder.open(path.parent).settings.loss_data == "probe")
     lost.unlink()
     tasks.clear()
     assert replay(run, "--chunk", "2", loss_data=BOTH) == 0
-    assert tasks == [work.Task(start=2, stop=4, loss_data=("probe",))]
+    assert tasks == [Task(start=2, stop=4, loss_data=("probe",))]
     assert _bytes(run) == before
 
 
@@ -203,7 +204,7 @@ def test_other_settings_go_to_another_folder(run: Path, replay: Command) -> None
 
 
 def test_a_loss_data_added_later_leaves_the_others_alone(
-    run: Path, replay: Command, stamps: Stamps, tasks: list[work.Task]
+    run: Path, replay: Command, stamps: Stamps, tasks: list[Task]
 ) -> None:
     assert replay(run) == 0
     before = stamps(run)
@@ -211,7 +212,7 @@ def test_a_loss_data_added_later_leaves_the_others_alone(
     assert replay(run, loss_data=BOTH) == 0
     after = stamps(run)
     assert {name: after[name] for name in before} == before
-    assert tasks == [work.Task(start=0, stop=6, loss_data=("probe",))]
+    assert tasks == [Task(start=0, stop=6, loss_data=("probe",))]
 
 
 def test_a_shard_does_not_depend_on_the_company_it_was_computed_in(run: Path, replay: Command) -> None:
@@ -225,7 +226,7 @@ def test_a_shard_does_not_depend_on_the_company_it_was_computed_in(run: Path, re
 
 @pytest.mark.parametrize("rule", ["simpson", "trapezoid", "gauss2", "euler"])
 def test_a_dry_run_writes_no_shard_and_foretells_evaluations_and_bytes(
-    run: Path, rule: str, replay: Command, capsys: Captured, tasks: list[work.Task], foretold_bytes: list[int]
+    run: Path, rule: str, replay: Command, capsys: Captured, tasks: list[Task], foretold_bytes: list[int]
 ) -> None:
     arguments = ("--chunk", "4", "--rule", rule, "--rtol", "1")
     assert replay(run, *arguments, "--dry-run", loss_data=BOTH) == 0
@@ -271,7 +272,7 @@ def test_steps_chooses_the_shards_that_hold_them(run: Path, replay: Command, fol
 
 
 def test_overwrite_computes_again_just_the_chosen_shards(
-    run: Path, replay: Command, stamps: Stamps, tasks: list[work.Task], capsys: Captured
+    run: Path, replay: Command, stamps: Stamps, tasks: list[Task], capsys: Captured
 ) -> None:
     assert replay(run, "--chunk", "2") == 0
     before = stamps(run)

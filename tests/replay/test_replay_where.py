@@ -20,8 +20,8 @@ from recorder.segments import segment_file
 from replay import log, where, work
 from replay.__main__ import main
 from replay.cluster import _environments, _from_anywhere, _TaskError
+from replay.job import Job, Receipt, Task
 from replay.where import Where
-from replay.work import Job
 from replay.workers import WorkerProcesses
 from tests.existing_cluster import existing_cluster
 
@@ -75,7 +75,7 @@ def test_n_shares_together_are_one_run_and_no_chunk_is_done_twice(
     done: list[int] = []
     compute = work.Replayer.replay
 
-    def spy(self: work.Replayer, task: work.Task) -> work.Receipt:
+    def spy(self: work.Replayer, task: Task) -> Receipt:
         done.append(task.start)
         return compute(self, task)
 
@@ -161,7 +161,7 @@ def test_the_first_few_failures_alike_stand_for_all_and_a_bug_keeps_its_tracebac
 ) -> None:
     tried = []
 
-    def broken(self: work.Replayer, task: work.Task) -> work.Receipt:
+    def broken(self: work.Replayer, task: Task) -> Receipt:
         tried.append(task.start)
         raise ZeroDivisionError("everywhere the same")
 

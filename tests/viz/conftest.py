@@ -99,6 +99,10 @@ def make_cube(
             "lca_head": _named(
                 ("data", "step", "layer", "attention_component", "head"), head, "LCA of the head", "nat"
             ),
+            "lca_standard_error": _named(cells, np.full(amounts, np.nan), "standard error of LCA", "nat"),
+            "total_standard_error": _named(
+                entry_dims, np.full(amounts[:2], np.nan), "standard error of LCA summed over all cells", "nat"
+            ),
             "loss_start": _named(entry_dims, loss_start, "loss before the step", "nat"),
             "loss_end": _named(entry_dims, loss_end, "loss after the step", "nat"),
             "residual": _named(entry_dims, residual, "residual", "nat"),

@@ -1,0 +1,83 @@
+"""What a task will take, told before the work: evaluations, bytes of memory and of disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from replay.memory import bytes_of_worker
+from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT
+
+if TYPE_CHECKING:
+    from replay.job import Task
+    from replay.work import Replayer
+
+
+def evaluations(opened: Replayer, task: Task) -> int:
+    """Count the gradient evaluations that a task will take, at least.
+
+    Parameters
+    ----------
+    opened
+        The run, opened for replay.
+    task
+        The task.
+
+    Returns
+    -------
+    int
+        Over all its steps and loss data.
+    """
+    nodes, steps = opened.rule.least_evaluations, task.stop - task.start
+    # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
+    shared = opened.rule.starts_at_start and opened.rule.ends_at_end and not opened.run.manifest.buffers
+    saved = steps - 1 if shared else 0
+    evaluated = {part for name in task.loss_data for part in opened.evaluated(name)}
+    return sum(nodes * steps - (saved if opened.loss_data[name].fixed else 0) for name in evaluated)
+
+
+def bytes_in_memory(opened: Replayer, task: Task) -> int:
+    """Estimate what a worker on a task holds at most, as `replay.memory` has it.
+
+    Parameters
+    ----------
+    opened
+        The run, opened for replay.
+    task
+        The task.
+
+    Returns
+    -------
+    int
+        Bytes, beside those of Python and its libraries and of one pass over a micro-batch.
+    """
+    trained, data = opened.run.manifest.trained, [opened.loss_data[name] for name in task.loss_data]
+    return bytes_of_worker(trained, opened.rule, opened.precision, data, bytes_written(opened, task))
+
+
+def bytes_written(opened: Replayer, task: Task) -> int:
+    """Count the bytes of a task's shards, without their headers.
+
+    Parameters
+    ----------
+    opened
+        The run, opened for replay.
+    task
+        The task.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    trained = opened.run.manifest.trained
+    units = sum(parameter.units for parameter in trained)
+    of_units = units * sum(np.dtype(dtype).itemsize for dtype in PER_UNIT.values())
+    of_parameters = len(trained) * sum(np.dtype(dtype).itemsize for dtype in PER_PARAMETER.values())
+    per_step = of_units + of_parameters + sum(np.dtype(dtype).itemsize for dtype in PER_STEP.values())
+    steps = task.stop - task.start
+    sampled = [opened.loss_data[name] for name in task.loss_data if opened.loss_data[name].sampled]
+    first = opened.run.step(task.start)
+    of_micro_batches = sum(len(data.micro_batches(first)) for data in sampled) * (len(trained) + 1) * 8
+    return steps * (per_step * len(task.loss_data) + of_micro_batches)
