@@ -118,13 +118,12 @@ class Run:
 
     def __init__(self, path: Path, attempt: int | None = None) -> None:
         self.path = Path(path)
-        self.manifest = Manifest.read(self.path)
+        self.manifest, self._files = _look(self.path)
         numbers = [entry.number for entry in self.manifest.attempts]
         if attempt is not None and attempt not in numbers:
             message = f"{self.path}: has no attempt {attempt}; it has {', '.join(map(str, numbers))}"
             raise UsageError(message)
         self._selection = StepSelection(self.manifest.steps)
-        self._files = list_segments(self.path)
         pruned = pruned_segments(self.path)
         self._whole_timeline = timeline(sorted([*self._files, *pruned]), self.manifest.attempts[: attempt or None])
         self._timeline = [part for part in self._whole_timeline if part.segment not in set(pruned)]
@@ -204,6 +203,23 @@ class Run:
     def ever_recorded(self) -> list[tuple[int, int]]:
         """The same as `consecutive`, with the steps that were pruned since."""
         return self._consecutive(self._whole_timeline)
+
+    def to_be_recorded(self, stop: int) -> list[tuple[int, int]]:
+        """Tell what `ever_recorded` will be when the recording has come to a step.
+
+        Parameters
+        ----------
+        stop
+            One more than the last step to come.
+
+        Returns
+        -------
+        list of (int, int)
+            Start and stop of every range of consecutive steps.
+        """
+        last = self._whole_timeline[-1]
+        to_come = [Part(last.stop, stop, last.segment)] if stop > last.stop else []
+        return self._consecutive([*self._whole_timeline, *to_come])
 
     def _consecutive(self, parts: Sequence[Part]) -> list[tuple[int, int]]:
         ranges = [(part.start, part.stop) for part in parts]
@@ -344,6 +360,17 @@ class Run:
         for index, scalars in file.facts["scalars"].items():
             state.setdefault(int(index), {}).update(scalars)
         return state
+
+
+def _look(path: Path) -> tuple[Manifest, list[SegmentName]]:
+    # A training that goes on may change its table of parameters, and end; what it changed comes before the segments
+    # that need it, and its end after the last one.
+    manifest = Manifest.read(path)
+    while True:
+        files, after = list_segments(path), Manifest.read(path)
+        if after == manifest:
+            return manifest, files
+        manifest = after
 
 
 class Part(NamedTuple):

@@ -68,7 +68,7 @@ def pieces(window: Range, recorded: Sequence[Range], length: int) -> list[Range]
     return [(first, last) for first, last in cut if first < last]
 
 
-def parse_windows(text: str, recorded: Sequence[Range]) -> tuple[Range, ...]:
+def parse_windows(text: str, recorded: Sequence[Range], *, growing: bool = False) -> tuple[Range, ...]:
     """Parse the value of ``--per-parameter``.
 
     Parameters
@@ -77,6 +77,8 @@ def parse_windows(text: str, recorded: Sequence[Range]) -> tuple[Range, ...]:
         ``all``, or windows such as ``0:100,100:1000``.
     recorded
         Start and stop of consecutive recorded steps.
+    growing
+        Whether further steps are to come, and the windows may reach beyond the recorded ones.
 
     Returns
     -------
@@ -97,6 +99,9 @@ def parse_windows(text: str, recorded: Sequence[Range]) -> tuple[Range, ...]:
     ((0, 8),)
     """
     first, last = recorded[0][0], recorded[-1][1]
+    if text == ALL and growing:
+        message = f"--per-parameter {ALL}: with --follow nobody knows yet where the training ends; name windows"
+        raise UsageError(message)
     if text == ALL:
         return ((first, last),)
     windows = []
@@ -108,7 +113,8 @@ def parse_windows(text: str, recorded: Sequence[Range]) -> tuple[Range, ...]:
         windows.append((int(start), int(stop)))
     windows.sort()
     for window in windows:
-        if not (first <= window[0] < window[1] <= last and pieces(window, recorded, 1)):
+        there = growing or (window[1] <= last and bool(pieces(window, recorded, 1)))
+        if not (first <= window[0] < window[1] and there):
             message = (
                 f"--per-parameter {window[0]}:{window[1]}: expected a window of recorded steps, START before STOP; "
                 f"recorded are {describe_ranges(recorded)}, so ask for a part of {first}:{last}, or for {ALL}"

@@ -26,7 +26,7 @@ import uuid
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, Security, Worker, get_worker
@@ -40,6 +40,9 @@ from replay.outcomes import Failure, Outcome, StalledError, reason_and_trace
 from replay.where import Where
 from replay.work import do, replayer
 from replay.workers import WorkerProcesses, end_with_the_driver
+
+if TYPE_CHECKING:
+    from replay.follow import Following
 
 TICK = 0.2
 """Seconds between two looks at the workers."""
@@ -67,7 +70,9 @@ class _Cluster(Protocol):
         """Leave it as it was found."""
 
 
-def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[Outcome]:
+def run_in_cluster(
+    job: Job, tasks: Sequence[Task], where: Where, following: Following | None = None
+) -> Generator[Outcome]:
     """Do the tasks in a cluster of worker processes.
 
     Parameters
@@ -78,6 +83,8 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
         Its parts.
     where
         In which processes.
+    following
+        Where more of its parts come from.
 
     Yields
     ------
@@ -99,11 +106,15 @@ def run_in_cluster(job: Job, tasks: Sequence[Task], where: Where) -> Generator[O
     events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     waiting = deque((task, 1) for task in tasks)
     doing: dict[str, _Effort] = {}
-    with contextlib.closing(_cluster(job, len(tasks), where)) as cluster:
+    with contextlib.closing(_cluster(job, where.workers if following else len(tasks), where)) as cluster:
         client = cluster.client
         client.subscribe_topic(token, lambda event: events.put(("told", event[1])))
         progress, most, stuck = time.monotonic(), 0, 0
-        while waiting or doing:
+        while waiting or doing or (following is not None and not following.ended):
+            if following is not None:
+                waiting.extend((task, 1) for task in following.due())
+            if not waiting and not doing:  # to wait for the training is not to stall
+                progress = time.monotonic()
             ready = cluster.workers()
             if ready > most:  # to start is to go on; to start again and again is not
                 progress, most = time.monotonic(), ready

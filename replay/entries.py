@@ -49,7 +49,8 @@ class EntryFolder:
     windows
         Start and stop of each window, without overlap.
     recorded
-        Start and stop of consecutive recorded steps, with those that were pruned since.
+        Start and stop of consecutive recorded steps, with those that were pruned since, and with those to come: until
+        they have come, a window is not complete.
     attempts_within
         Which attempts of the training recorded a range of steps.
     """
@@ -65,7 +66,23 @@ class EntryFolder:
         self._chunk = folder.settings.chunk
         self._recorded = tuple(recorded)
         self._attempts_within = attempts_within
-        self._pieces = {window: pieces(window, recorded, self._chunk) for window in windows}
+        cut = {window: pieces(window, recorded, self._chunk) for window in windows}
+        self._pieces = {window: own for window, own in cut.items() if own}
+
+    def holds(self, window: Range) -> bool:
+        """Tell whether any step of a window was recorded, or is to come.
+
+        Parameters
+        ----------
+        window
+            Its start and stop.
+
+        Returns
+        -------
+        bool
+            False where there is nothing to sum.
+        """
+        return window in self._pieces
 
     def file(self, window: Range) -> Path:
         """Return the path of a window's sum, whether or not it exists.

@@ -6,13 +6,15 @@ Both travel to any process: they carry paths and ranges of steps, never models.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from replay import dropout
 from replay.chunks import chunks
 
 if TYPE_CHECKING:
+    from recorder.runformat import Run
     from replay.entries import EntryFolder
     from replay.shards import ShardFolder
 
@@ -49,6 +51,8 @@ class Job:
         ``off``, or ``recorded`` for the loss data whose examples the training saw in that order.
     windows
         Start and stop of the windows of steps whose LCA is kept for every entry.
+    table
+        Digest of the run's parameter table: a training that is followed may go on to unfreeze parameters.
     """
 
     run: str
@@ -66,6 +70,7 @@ class Job:
     check_every: int = 1
     dropout: str = dropout.OFF
     windows: tuple[tuple[int, int], ...] = ()
+    table: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,10 +109,11 @@ class Receipt:
 def plan(
     job: Job,
     folders: Mapping[str, ShardFolder],
-    recorded: Sequence[tuple[int, int]],
+    run: Run,
     *,
     entries: Mapping[str, EntryFolder] | None = None,
     again: bool = False,
+    whole: bool = False,
 ) -> list[Task]:
     """List what is still to do: chunks of consecutive recorded steps whose shard is missing.
 
@@ -117,12 +123,14 @@ def plan(
         Says the chunk length.
     folders
         Loss data to its folder of shards.
-    recorded
-        Start and stop of consecutive recorded steps.
+    run
+        Says which steps are recorded. Of a chunk that was pruned in part what is left is a chunk.
     entries
         Loss data to what it keeps of single entries: a chunk of which that is missing is done again.
     again
         List the finished chunks too.
+    whole
+        Leave out a last chunk that further steps would make longer.
 
     Returns
     -------
@@ -133,8 +141,14 @@ def plan(
     for name, of_entries in (entries or {}).items():
         finished[name] -= of_entries.missing()
     tasks = []
-    for start, stop in chunks(recorded, job.chunk):
-        missing = tuple(name for name in folders if (start, stop) not in finished[name])
-        if missing:
-            tasks.append(Task(start=start, stop=stop, loss_data=missing))
+    left = list(chunks(run.consecutive, job.chunk))
+    starts = [start for start, _ in left]
+    for first, last in chunks(run.ever_recorded, job.chunk):
+        unfinished = [name for name in folders if (first, last) not in finished[name]]
+        for start, stop in left[bisect_left(starts, first) : bisect_left(starts, last)]:
+            missing = tuple(name for name in unfinished if (start, stop) not in finished[name])
+            if missing:
+                tasks.append(Task(start=start, stop=stop, loss_data=missing))
+    if whole and tasks and tasks[-1].stop == left[-1][1] and tasks[-1].stop % job.chunk:
+        tasks.pop()
     return tasks

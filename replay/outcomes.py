@@ -86,7 +86,7 @@ def gather(
     outcomes
         As the runner gives them.
     tasks
-        All that was to do.
+        All that is to do; more may be added while outcomes come.
     log
         Where each outcome is written down.
     is_there
@@ -98,13 +98,13 @@ def gather(
     IncompleteError
         If any task was not finished: why, and which steps have no shard.
     """
-    left = dict.fromkeys(tasks)
+    finished: set[Task] = set()
     failed: dict[str, list[Task]] = {}
     stalled = ""
     try:
         for outcome in outcomes:
             if isinstance(outcome, Receipt):
-                del left[outcome.task]
+                finished.add(outcome.task)
                 log.write(f"finished {_steps([outcome.task])}: {', '.join(outcome.files)}")
                 continue
             log.write(f"failed {_steps([outcome.task])}: {outcome.reason}\n{outcome.trace}".rstrip())
@@ -114,12 +114,13 @@ def gather(
             if outcome.trace and outcome.reason not in failed:
                 commandline.say(outcome.trace.rstrip())
             failed.setdefault(outcome.reason, []).append(outcome.task)
-            if len(left) == len(tasks) and len(failed[outcome.reason]) == ALIKE < len(tasks):
+            finished.discard(outcome.task)
+            if not finished and len(failed[outcome.reason]) == ALIKE < len(tasks):
                 break
     except StalledError as error:
         stalled = str(error)
         log.write(stalled)
-    missing = [task for task in left if not is_there(task)]
+    missing = [task for task in dict.fromkeys(tasks) if task not in finished and not is_there(task)]
     if missing:
         reasons = [f"{reason} ({_steps(of)})" for reason, of in failed.items()] + [stalled] * bool(stalled)
         message = (

@@ -306,6 +306,44 @@ class ShardFolder:
         """
         self.file(start, stop).unlink(missing_ok=True)
 
+    def cut(self, start: int, stop: int, end: int, attempts: Attempts) -> None:
+        """Keep of the shard of steps `start` to `stop` - 1 what comes before `end`.
+
+        Parameters
+        ----------
+        start, stop
+            The range of steps.
+        end
+            The first step that is given up.
+        attempts
+            Which attempts recorded the steps that are kept.
+        """
+        shard, steps = self.read(start, stop), end - start
+        kept = Shard(
+            per_step={name: rows[:steps] for name, rows in shard.per_step.items()},
+            per_unit={name: _first(steps, rows) for name, rows in shard.per_unit.items()},
+            per_parameter={name: _first(steps, rows) for name, rows in shard.per_parameter.items()},
+            spread=_first(steps, shard.spread),
+            counts=None if shard.counts is None else shard.counts[:steps],
+        )
+        self.write(start, end, kept, attempts)
+        self.remove(start, stop)
+
+    def attempts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Say which attempts of the training the shard of steps `start` to `stop` - 1 was computed from.
+
+        Parameters
+        ----------
+        start, stop
+            The range of steps.
+
+        Returns
+        -------
+        list of (int, int, int)
+            Number of the attempt, start and stop, in order.
+        """
+        return [(number, first, last) for number, first, last in self._open_shard(start, stop).facts["attempts"]]
+
     def write(self, start: int, stop: int, shard: Shard, attempts: Attempts = ()) -> Path:
         """Write the shard of steps `start` to `stop` - 1, durably and all at once.
 
@@ -459,6 +497,10 @@ def _sweep(folder: Path) -> None:
                 leftover.unlink()
         except FileNotFoundError:
             continue  # its writer has just renamed it
+
+
+def _first(steps: int, rows: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {name: values[:steps] for name, values in rows.items()}
 
 
 def _checked(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:

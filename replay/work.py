@@ -70,12 +70,29 @@ class Replayer:
         self.loss_data = {data.name: data for data in built}
         self._in_groups = {part.name for data in built if isinstance(data, Grouped) for part in data.parts}
         self.folders = {name: self._folder(name) for name in self.loss_data}
-        self.entries = {
-            name: EntryFolder(folder, job.windows, self.run.ever_recorded, self.run.attempts_within)
-            for name, folder in self.folders.items()
-        }
+        self.entries = self._entry_folders()
         self.on_step: Callable[[int], None] = lambda step: None
         """Called after each step of a chunk: whoever watches over this process hears that it lives."""
+
+    def _entry_folders(self) -> dict[str, EntryFolder]:
+        run, windows = self.run, self.job.windows
+        recording = windows and run.manifest.state == "recording"
+        recorded = run.to_be_recorded(max(stop for _, stop in windows)) if recording else run.ever_recorded
+        return {
+            name: EntryFolder(folder, windows, recorded, run.attempts_within) for name, folder in self.folders.items()
+        }
+
+    def take_up(self, run: Run) -> None:
+        """Go on with the run as it is now: other steps, the same parameter table.
+
+        Parameters
+        ----------
+        run
+            The same run, opened anew.
+        """
+        self.run = run
+        self._reader = ReadAhead(run, self._device, self.precision)
+        self.entries = self._entry_folders()
 
     @property
     def collates(self) -> bool:
@@ -175,6 +192,7 @@ class Replayer:
         Receipt
             The shards' files, which are on disk.
         """
+        self._reach(task)
         steps = range(task.start, task.stop)
         rows = {name: Rows(len(steps), self._trained, self._tolerance) for name in task.loss_data}
         kept = {name: self.entries[name].collect(task.start, task.stop) for name in task.loss_data}
@@ -194,6 +212,14 @@ class Replayer:
             for name in task.loss_data
         )
         return Receipt(task=task, files=files)
+
+    def _reach(self, task: Task) -> None:
+        if any(start <= task.start and task.stop <= stop for start, stop in self.run.consecutive):
+            return
+        # Whoever gave the task has seen more of the run; with the table of this job, whatever came later.
+        run = Run(self.run.path)
+        run.manifest = dataclasses.replace(run.manifest, parameters=self.run.manifest.parameters)
+        self.take_up(run)
 
     def evaluated(self, name: str) -> list[str]:
         """List the loss data that are evaluated for one: itself, or its groups.
