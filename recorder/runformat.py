@@ -299,6 +299,24 @@ class Run:
             complete[parameter.name] = tensor
         return complete
 
+    def with_gradient(self, t: int) -> set[str]:
+        """Name the parameters that had received a gradient by step t.
+
+        Parameters
+        ----------
+        t
+            One of `steps`.
+
+        Returns
+        -------
+        set of str
+            Of the trained ones of the parameter table those that had joined the ledger.
+        """
+        part = self._part(t)
+        if part is None:
+            raise self._not_recorded(t)
+        return set(self._segment(part.segment).parameter_names)
+
     def buffers(self, t: int) -> dict[str, torch.Tensor]:
         """Read the buffers that change in training, as they were before step t.
 

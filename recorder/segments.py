@@ -187,6 +187,11 @@ class Segment:
         """Every step it holds, in order."""
         return list(self._rows)
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the parameters that its θ consist of; one that joins later is not among them."""
+        return [slot.name for slot in self._layout.slots if slot.kind == PARAMETERS]
+
     def parameters(self, t: int) -> dict[str, torch.Tensor]:
         """Read the parameters of θ_t, as far as this segment holds them.
 

@@ -15,6 +15,7 @@ from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
 from recorder.runformat import Run
 from replay import arguments, cost, dropout, where
+from replay.adoption import adopt_pruned
 from replay.arguments import PROGRAM
 from replay.conclusion import conclude
 from replay.follow import Following, wait_for_first_step
@@ -73,6 +74,8 @@ def _replay(options: argparse.Namespace) -> int:
         job = arguments.job(options, run)
         chosen = where.chosen(options, job)
         opened = replayer(job)
+        # An earlier replay of this process may have opened the run when it held less.
+        opened.take_up(run)
         if _sit(options, opened, chosen):
             break
         commandline.say(f"{run.path}: the training has gone on to train further parameters; the run is opened anew")
@@ -84,9 +87,10 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> bool:
     run, job = opened.run, opened.job
     if not options.dry_run:
         remove_stale(opened)
+        adopt_pruned(opened)
     consecutive = run.consecutive
     for of_entries in opened.entries.values():
-        of_entries.refuse_pruned(consecutive)
+        of_entries.refuse_pruned(run.pruned, consecutive)
     ours = chosen.ours(_wanted(options.steps, plan(job, opened.folders, run, entries=opened.entries, again=True)))
     still = run.manifest.state == "recording"
     to_do = plan(

@@ -227,20 +227,22 @@ class EntryFolder:
             if of_window == window and steps is not None and path not in keep:
                 path.unlink(missing_ok=True)
 
-    def refuse_pruned(self, recorded: Sequence[Range]) -> None:
+    def refuse_pruned(self, pruned: Sequence[Range], recorded: Sequence[Range]) -> None:
         """Make sure that what the windows lack can still be computed.
 
         Parameters
         ----------
+        pruned
+            Start and stop of ranges of steps that were pruned.
         recorded
-            Start and stop of consecutive recorded steps that were not pruned.
+            The same of those that are there.
 
         Raises
         ------
         UsageError
             If steps were pruned before their entries were kept.
         """
-        lost = sorted(chunk for chunk in self.missing() if not any(a <= chunk[0] < b for a, b in recorded))
+        lost = sorted(chunk for chunk in self.missing() if any(a < chunk[1] and chunk[0] < b for a, b in pruned))
         if lost:
             message = (
                 f"--per-parameter: of {describe_ranges(lost)} the entries on {self._folder.settings.loss_data} were "

@@ -112,6 +112,10 @@ def repeat_updates(
     holders, recorded = _what_the_optimizer_updates(run.manifest, named, theta, device)
     optimizer = _rebuild_optimizer(run.manifest, holders, state)
     for step in steps:
+        has_gradient = run.with_gradient(step.step)
+        for name in (row.name for row in run.manifest.parameters if row.status != "not_recorded"):
+            # What had no gradient yet does not count in the norm, and the optimizer leaves it alone.
+            named[name].requires_grad_(name in has_gradient)
         losses = _accumulate_gradients(run.manifest, workload, model, step, device)
         parameters: dict[str, torch.Tensor] = {}
         if optimizer is not None:
