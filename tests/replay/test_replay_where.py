@@ -19,7 +19,9 @@ import torch
 from recorder.segments import segment_file
 from replay import log, where, work
 from replay.__main__ import main
-from replay.cluster import _environments, _from_anywhere, _TaskError
+from replay.cluster.dispatch import from_anywhere
+from replay.cluster.schedulers import environments
+from replay.cluster.worker import TaskError
 from replay.job import Job, Receipt, Task
 from replay.where import Where
 from replay.workers import WorkerProcesses
@@ -215,21 +217,21 @@ def _job(**changes: Any) -> Job:
 
 def test_each_worker_sees_a_gpu_of_its_own_and_takes_the_threads_asked_for() -> None:
     gpus = ("2", "GPU-5")
-    environments = _environments(_job(device="cuda"), 3, Where(workers=3, gpus=gpus))
-    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["2", "GPU-5", "2"]
-    assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"3"}
-    for alone in (_environments(_job(), 2, Where(workers=2)), _environments(_job(device="cuda"), 2, Where(workers=2))):
+    of_workers = environments(_job(device="cuda"), 3, Where(workers=3, gpus=gpus))
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in of_workers] == ["2", "GPU-5", "2"]
+    assert {environment["OMP_NUM_THREADS"] for environment in of_workers} == {"3"}
+    for alone in (environments(_job(), 2, Where(workers=2)), environments(_job(device="cuda"), 2, Where(workers=2))):
         assert not any("CUDA_VISIBLE_DEVICES" in environment for environment in alone)
 
 
 def test_a_list_of_examples_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _from_anywhere("rare=file:rare.csv:valid") == f"rare=file:{tmp_path / 'rare.csv'}:valid"
-    assert _from_anywhere("probe:8") == "probe:8"
+    assert from_anywhere("rare=file:rare.csv:valid") == f"rare=file:{tmp_path / 'rare.csv'}:valid"
+    assert from_anywhere("probe:8") == "probe:8"
 
 
 def test_what_a_worker_tells_of_an_error_travels_whole() -> None:
-    told = pickle.loads(pickle.dumps(_TaskError("0-1", "reason", "trace", of_all=True)))
+    told = pickle.loads(pickle.dumps(TaskError("0-1", "reason", "trace", of_all=True)))
     assert (told.worker, told.reason, told.trace, told.of_all) == ("0-1", "reason", "trace", True)
 
 
