@@ -7,7 +7,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import shutil
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
 from recorder.recovery import recover
 from recorder.runformat import Run
-from replay import cost, dropout, entries, lossdata, where
+from replay import dropout, dryrun, entries, lossdata, where
 from replay.chunks import parse_windows
 from replay.job import Job, Receipt, Task, plan
 from replay.log import Log
@@ -27,7 +26,7 @@ from replay.outcomes import Outcome, gather
 from replay.passes import check_recipe, check_table
 from replay.precision import PRECISIONS
 from replay.progress import with_progress
-from replay.quadrature import ADAPTIVE, RULES, AdaptiveRule
+from replay.quadrature import ADAPTIVE, RULES
 from replay.selfcheck import check_update
 from replay.serial import run_serially
 from replay.shards import FOLDER
@@ -94,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workload", metavar="MODULE:FUNCTION", help="what rebuilds the training; or 'recorded'")
     parser.add_argument("--data", metavar="FOLDER", help="where fairseq's binarised data is now, if it has moved")
-    parser.add_argument("--dry-run", action="store_true", help="check, say what would be done, and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check, say what is to be done and, from a trial of three steps, how long it will take; write nothing",
+    )
     parser.add_argument("--overwrite", action="store_true", help="compute finished shards of these settings again")
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
     where.add_arguments(parser)
@@ -219,14 +222,16 @@ def _replay(options: argparse.Namespace) -> int:
     job = _job(options, run)
     chosen = where.chosen(options, job)
     opened = replayer(job)
+    outdated = dryrun.stale(opened) if options.dry_run else {}
     if not options.dry_run:
+        opened.make_folders()
         _remove_stale(run, opened)
     consecutive = run.consecutive
     for of_entries in opened.entries.values():
         of_entries.refuse_pruned(consecutive)
     whole = plan(job, opened.folders, consecutive, entries=opened.entries, again=True)
     ours = chosen.ours(_wanted(options.steps, whole))
-    to_do = plan(job, opened.folders, consecutive, entries=opened.entries, again=options.overwrite)
+    to_do = plan(job, opened.folders, consecutive, entries=opened.entries, outdated=outdated, again=options.overwrite)
     tasks = [task for task in to_do if (task.start, task.stop) in ours]
     steps = sum(task.stop - task.start for task in tasks)
     commandline.say(
@@ -241,22 +246,9 @@ def _replay(options: argparse.Namespace) -> int:
     work_on = {name for task in tasks for name in task.loss_data}
     commandline.say(f"self-check: {'; '.join([report.text, *check_recipe(opened, work_on)])}")
     if options.dry_run:
-        evaluations = sum(cost.evaluations(opened, task) for task in tasks)
-        free = shutil.disk_usage(run.path).free
-        written = sum(cost.bytes_written(opened, task) for task in tasks)
-        kept = sum(of_entries.bytes_to_come for of_entries in opened.entries.values())
-        least = "at least " if isinstance(opened.rule, AdaptiveRule) else ""
-        commandline.say(
-            f"dry run: {least}{evaluations} gradient evaluations, {written / 1e6:.1f} MB to write"
-            f"{f' and {kept / 1e6:.1f} MB of single entries' if kept else ''} ({free / 1e9:.1f} GB free)"
+        return dryrun.tell(
+            opened, ours, tasks, chosen, outdated=outdated, again=options.overwrite, as_json=options.json
         )
-        if tasks:
-            memory = max(cost.bytes_in_memory(opened, task) for task in tasks)
-            commandline.say(
-                f"dry run: each worker holds about {memory / 1e9:.2f} GB, beside Python's libraries and what a forward "
-                "and backward pass over one micro-batch takes"
-            )
-        return commandline.DONE
     for of_entries in opened.entries.values():
         if options.overwrite:
             of_entries.remove_sums_of((task.start, task.stop) for task in tasks)

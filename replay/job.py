@@ -6,7 +6,7 @@ Both travel to any process: they carry paths and ranges of steps, never models.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from replay import dropout
@@ -107,6 +107,7 @@ def plan(
     recorded: Sequence[tuple[int, int]],
     *,
     entries: Mapping[str, EntryFolder] | None = None,
+    outdated: Mapping[str, Iterable[tuple[int, int]]] | None = None,
     again: bool = False,
 ) -> list[Task]:
     """List what is still to do: chunks of consecutive recorded steps whose shard is missing.
@@ -121,6 +122,8 @@ def plan(
         Start and stop of consecutive recorded steps.
     entries
         Loss data to what it keeps of single entries: a chunk of which that is missing is done again.
+    outdated
+        Loss data to the shards that do not count as finished: of steps that were recorded anew.
     again
         List the finished chunks too.
 
@@ -132,6 +135,8 @@ def plan(
     finished = {name: set() if again else set(folder.finished()) for name, folder in folders.items()}
     for name, of_entries in (entries or {}).items():
         finished[name] -= of_entries.missing()
+    for name, of_name in (outdated or {}).items():
+        finished[name] -= set(of_name)
     tasks = []
     for start, stop in chunks(recorded, job.chunk):
         missing = tuple(name for name in folders if (start, stop) not in finished[name])
