@@ -190,8 +190,7 @@ def _counted(counts: Counts, opened: Replayer, *, again: bool) -> Iterator[str]:
     if counts.worker_bytes is not None:
         yield _line(
             "memory of a worker",
-            f"about {decimal(counts.worker_bytes)}, beside Python's libraries and what a forward and backward pass "
-            "over one micro-batch takes",
+            f"about {decimal(counts.worker_bytes)}, beside Python's libraries and one pass over a micro-batch",
         )
 
 
@@ -258,9 +257,8 @@ def duration(seconds: float) -> str:
 
 
 def _document(opened: Replayer, counts: Counts, expected: Forecast | None) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(Forecast)]
     derived = ("evaluation_seconds", "step_seconds", "evaluations_per_second")
-    timed: dict[str, Any] = dict.fromkeys([*names, *derived])
-    if expected is not None:
-        timed = {**dataclasses.asdict(expected), **{name: getattr(expected, name) for name in derived}}
-    return {"run": str(opened.run.path), **timed, **dataclasses.asdict(counts)}
+    names = (*(field.name for field in dataclasses.fields(Forecast)), *derived)
+    timed = dict.fromkeys(names) if expected is None else {name: getattr(expected, name) for name in names}
+    trial = None if expected is None else dataclasses.asdict(expected.trial)
+    return {"run": str(opened.run.path), **timed, **dataclasses.asdict(counts), "trial": trial}
