@@ -113,7 +113,7 @@ class _Bare:
 
     def __init__(self, opened: Replayer) -> None:
         self._workload = opened.workload
-        self._device = opened._device
+        self._device = opened.device
         self._model = self._workload.model().to(self._device).eval()
 
     def gradients(self, batches: list[list[Any]]) -> None:

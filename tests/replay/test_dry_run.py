@@ -11,22 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from recorder.runformat import Run
-from recorder.tensorfile import TensorFile
 from replay import dryrun, shards, work
 from replay.__main__ import main
-from replay.chunks import chunks
-from replay.forecast import forecast, shared_out
 from replay.gradients import LossSurface
-from replay.job import Job, Receipt, Task
-from replay.precision import PRECISIONS
-from replay.readcost import Reading, readings
-from replay.reading import ReadAhead
+from replay.job import Receipt, Task
 from replay.shards import ShardFolder
-from replay.trial import Pace, Trial, spread_over, try_steps
-from tests import cases
+from replay.trial import Pace, Trial
 from tests.replay.test_recorded_variants import restarted
 from tests.replay.variants import record
 
@@ -36,7 +28,6 @@ Find = Callable[[Path, str], ShardFolder]
 Foretell = Callable[..., dict[str, Any]]
 
 BOTH = ("batch", "probe:16")
-GOLDEN = Path(__file__).parents[1] / "golden/run-v1"
 
 
 @pytest.fixture
@@ -81,21 +72,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of every tensor that is read."""
-    sizes: list[int] = []
-    read_tensor = TensorFile._read
-
-    def reading(self: TensorFile, name: str, framework: str) -> Any:
-        found = read_tensor(self, name, framework)
-        sizes.append(found.nbytes)
-        return found
-
-    monkeypatch.setattr(TensorFile, "_read", reading)
-    return sizes
-
-
 def _tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
 
@@ -103,13 +79,6 @@ def _tree(folder: Path) -> dict[str, tuple[int, int]]:
 def _groups(folder: Path) -> str:
     (folder / "ids.csv").write_text("group,index\nverbs,5\nnouns,3\nverbs,11\n")
     return f"words=file:{folder / 'ids.csv'}"
-
-
-def _job(run: Path, **settings: Any) -> Job:
-    chosen: dict[str, Any] = {"rule": "simpson", "loss_data": BOTH, "chunk": 4, **settings}
-    plain: dict[str, Any] = {"rtol": 1e-3, "atol": 0.0, "device": "cpu", "dtype": None, "threads": 1, "data": None}
-    run_id = Run(run).manifest.run_id
-    return Job(run=str(run), run_id=run_id, workload="recorded", **plain, **chosen)
 
 
 # What is counted.
@@ -139,54 +108,6 @@ def test_evaluations_passes_and_bytes_are_those_of_the_replay(
             written += sum(array.nbytes for arrays in kept for array in arrays.values())
             written += 0 if shard.counts is None else shard.counts.nbytes
     assert said["write_bytes"] == written > 100_000
-
-
-@pytest.mark.parametrize("afresh", [False, True])
-def test_bytes_to_read_are_those_that_the_workers_read(run: Path, afresh: bool, read: list[int]) -> None:
-    tasks = [Task(start=start, stop=stop, loss_data=("batch",)) for start, stop in ((0, 2), (2, 4), (4, 5), (5, 6))]
-    foretold = list(readings(Run(run), tasks, afresh=afresh))
-    assert not read
-    opened, found = work.Replayer(_job(run)), []
-    for task in tasks:
-        opened = work.Replayer(_job(run)) if afresh else opened
-        read.clear()
-        opened.replay(task)
-        found.append(sum(read))
-    assert [reading.bytes for reading in foretold] == found
-    # Segments of three steps: each chunk needs the θ at both its ends, and those before them in their segments.
-    assert [reading.states for reading in foretold] == ([3, 5, 3, 4] if afresh else [3, 2, 1, 1])
-
-
-def test_steps_that_are_kept_apart_are_read_from_the_segments_start(tmp_path: Path, read: list[int]) -> None:
-    cases.train(tmp_path, steps=8, steps_to_record="0::3")
-    assert Run(tmp_path).consecutive == [(0, 1), (3, 4), (6, 7)]
-    tasks = [Task(start=t, stop=t + 1, loss_data=("batch",)) for t in (3, 6)]
-    foretold = list(readings(Run(tmp_path), tasks, afresh=True))
-    for task, reading in zip(tasks, foretold, strict=True):
-        opened = work.Replayer(_job(tmp_path))
-        read.clear()
-        opened.replay(task)
-        assert (reading.bytes, reading.states) == (sum(read), 2 * task.start // 3 + 2)
-
-
-@pytest.mark.parametrize("name", ["attempts", "bfloat16", "buffers", "selected"])
-@pytest.mark.parametrize("afresh", [False, True])
-def test_bytes_to_read_of_attempts_buffers_sixteen_bit_and_gaps(name: str, afresh: bool, read: list[int]) -> None:
-    run = GOLDEN / name
-    # From a step in the middle on: what lies before it in its segment is read too.
-    ranges = list(chunks(Run(run).consecutive, 2))[1:]
-    foretold = list(readings(Run(run), [Task(start=a, stop=b, loss_data=()) for a, b in ranges], afresh=afresh))
-    reader, found = _reader(run), []
-    for start, stop in ranges:
-        reader = _reader(run) if afresh else reader
-        read.clear()
-        list(reader.steps(start, stop))
-        found.append(sum(read))
-    assert [reading.bytes for reading in foretold] == found
-
-
-def _reader(run: Path) -> ReadAhead:
-    return ReadAhead(Run(run), torch.device("cpu"), PRECISIONS["float32"])
 
 
 def test_finished_shards_are_counted_for_each_loss_data_and_only_the_others_tried(
@@ -253,52 +174,7 @@ def test_sums_of_entries_count_in_the_windows_that_have_steps_to_do(
     assert foretell(run, *chosen, "--overwrite", "--steps", "0:2")["entries_bytes"] == of_window
 
 
-# What is timed.
-
-
-@pytest.mark.parametrize(
-    ("ranges", "steps"),
-    [
-        ([(0, 9)], (0, 4, 8)),
-        ([(0, 1), (8, 16)], (0, 11, 15)),
-        ([(2, 5)], (2, 3, 4)),
-        ([(2, 3), (7, 8)], (2, 7)),
-        ([(7, 8)], (7,)),
-    ],
-)
-def test_a_trial_takes_the_first_the_middle_and_the_last_step(
-    ranges: list[tuple[int, int]], steps: tuple[int, ...]
-) -> None:
-    assert spread_over([Task(start=start, stop=stop, loss_data=("batch",)) for start, stop in ranges]) == steps
-
-
-def test_a_trial_times_each_loss_data_by_itself_after_an_untimed_step(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, asked = 0.0, Counter[str]()
-    evaluate, loss = LossSurface.evaluate, LossSurface.loss
-
-    def evaluating(*given: Any, **options: Any) -> Any:
-        nonlocal now
-        asked["gradients"] += 1
-        # The first of each loss data, of what is not timed, is slow.
-        now += 1000 if asked["gradients"] <= 2 * 3 else 4
-        return evaluate(*given, **options)
-
-    def measuring(*given: Any, **options: Any) -> Any:
-        nonlocal now
-        now += 1
-        return loss(*given, **options)
-
-    monkeypatch.setattr(LossSurface, "evaluate", evaluating)
-    monkeypatch.setattr(LossSurface, "loss", measuring)
-    opened = work.Replayer(_job(run, rule="gauss2", loss_data=("batch", _groups(tmp_path)), check_every=8))
-    trial = try_steps(opened, [Task(start=1, stop=6, loss_data=("batch", "words"))], lambda: now)
-    assert trial.steps == (1, 3, 5)
-    own = Pace(evaluations=2, evaluation_seconds=4, pass_seconds=1, rest_seconds=0)
-    put_together = Pace(evaluations=0, evaluation_seconds=0, pass_seconds=0, rest_seconds=0)
-    assert trial.paces == {"batch": own, "words/nouns": own, "words/verbs": own, "words": put_together}
-    assert asked["gradients"] == 4 * 3 * 2
+# What is said.
 
 
 def _paces(**evaluations: float) -> dict[str, Pace]:
@@ -306,52 +182,6 @@ def _paces(**evaluations: float) -> dict[str, Pace]:
         name: Pace(evaluations=number, evaluation_seconds=2, pass_seconds=1, rest_seconds=0.25)
         for name, number in evaluations.items()
     }
-
-
-def test_the_expected_time_is_that_of_evaluations_passes_sums_and_reading_shared_out_to_workers(run: Path) -> None:
-    tasks = [Task(start=start, stop=stop, loss_data=("batch", "probe")) for start, stop in ((0, 2), (2, 4), (4, 6))]
-    to_read = [Reading(bytes=0, states=states) for states in (3, 5, 3)]
-    opened = work.Replayer(_job(run, rule="adaptive"))
-    opened.seconds_to_open = 10.0
-    trial = Trial(steps=(0, 2, 5), reading_seconds=0.5, paces=_paces(batch=3, probe=5))
-    # A chunk: 2 steps of 3 evaluations, 2 of 5 of which one is shared; sums on two loss data; θ decoded.
-    of_chunks = [2 * (6 + 9) + 2 * 2 * 0.25 + 0.5 * states for states in (3, 5, 3)]
-    for workers, seconds in ((1, sum(of_chunks)), (2, of_chunks[0] + of_chunks[2]), (3, of_chunks[1])):
-        expected = forecast(opened, tasks, to_read, trial, workers)
-        assert expected.expected_seconds == pytest.approx(10 + seconds)
-        assert expected.work_seconds == pytest.approx(sum(of_chunks))
-        assert (expected.gradient_evaluations, expected.evaluation_seconds) == (45, 2)
-        assert expected.step_seconds == pytest.approx(sum(of_chunks) / 6)
-        assert expected.evaluations_per_second == pytest.approx(45 / (10 + seconds))
-    unknown = forecast(opened, tasks, to_read, trial, None)
-    assert unknown.expected_seconds is None
-    assert unknown.evaluations_per_second == pytest.approx(45 / sum(of_chunks))
-
-
-def test_forward_passes_take_their_time_at_the_checked_steps_alone(run: Path) -> None:
-    trial = Trial(steps=(0,), reading_seconds=0, paces=_paces(batch=2))
-    opened = work.Replayer(_job(run, rule="gauss2", loss_data=("batch",), check_every=4))
-    task = Task(start=0, stop=6, loss_data=("batch",))  # of which 0 and 4 are checked
-    expected = forecast(opened, [task], [Reading(bytes=0, states=7)], trial, 1)
-    assert expected.work_seconds == pytest.approx(6 * 2 * 2 + 2 * 2 * 1 + 6 * 0.25)
-
-
-def test_what_is_read_beside_the_computing_takes_time_only_where_it_takes_longer(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = work.Replayer(_job(run, rule="euler", loss_data=("batch",), check_every=100))
-    monkeypatch.setattr("replay.reading.WORTH_A_THREAD", 0)
-    task, to_read = Task(start=1, stop=3, loss_data=("batch",)), [Reading(bytes=0, states=4)]
-    for reading, seconds in ((1.0, 2 * 1 + 2 * 2.25), (3.0, 2 * 3 + 2 * 3.0)):
-        trial = Trial(steps=(1,), reading_seconds=reading, paces=_paces(batch=1))
-        assert forecast(opened, [task], to_read, trial, 1).work_seconds == pytest.approx(seconds)
-
-
-def test_more_workers_than_chunks_are_no_faster() -> None:
-    assert shared_out([3.0, 1.0], 2) == shared_out([3.0, 1.0], 20) == 3.0
-
-
-# What is said.
 
 
 def _tried(**evaluations: float) -> Callable[[work.Replayer, object], Trial]:
