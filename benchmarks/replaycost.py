@@ -113,7 +113,7 @@ class _Bare:
 
     def __init__(self, opened: Replayer) -> None:
         self._workload = opened.workload
-        self._device = opened._device
+        self._device = opened.device
         self._model = self._workload.model().to(self._device).eval()
 
     def gradients(self, batches: list[list[Any]]) -> None:
@@ -142,7 +142,7 @@ class _Spent:
 
     def __init__(self, opened: Replayer) -> None:
         self.seconds = dict.fromkeys(("gradients", "losses", "waiting for the reader", "sums", "writing shards"), 0.0)
-        surface, reader = opened.surface, opened._reader
+        surface, reader = opened.surface, opened.reader
         surface.evaluate = self._timed("gradients", surface.evaluate)
         surface.loss = self._timed("losses", surface.loss)
         reader.steps = self._streamed("waiting for the reader", reader.steps)

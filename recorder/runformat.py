@@ -11,6 +11,7 @@ Described for readers in any language in docs/formats/run.md. This module, `reco
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -230,7 +231,27 @@ class Run:
     def _part(self, t: int) -> Part | None:
         if not self._selection.keeps(t):
             return None
-        return next((part for part in self._timeline if part.start <= t < part.stop), None)
+        position = bisect.bisect_right(self._timeline, t, key=lambda part: part.start)
+        part = self._timeline[position - 1] if position else None
+        return part if part is not None and t < part.stop else None
+
+    def segment_of_state(self, t: int) -> SegmentName:
+        """Name the segment that θ_t is read from, as long as that is whole.
+
+        Parameters
+        ----------
+        t
+            A recorded step, or one more than a recorded step.
+
+        Returns
+        -------
+        SegmentName
+            The one of step t, else the one of step t - 1. A `UsageError` tells if neither is recorded.
+        """
+        part = self._part(t) or (self._part(t - 1) if t else None)
+        if part is None:
+            raise self._not_recorded(t)
+        return part.segment
 
     def _segment(self, name: SegmentName) -> Segment:
         segment = self._open.get(name.rank)

@@ -275,6 +275,22 @@ class Segment:
         names = [name for name in self._file.names if name.startswith(prefixes)]
         return steps.put_together(self._rows[t], {name: self._file.tensor(name) for name in names}, self.name.rank)
 
+    def stored_bytes(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Count the bytes that reading takes, without the file's header; nothing is read but that.
+
+        Returns
+        -------
+        (dict of int to int, dict of int to int)
+            For every t of `states`, in their order, what θ_t and the buffers take as they are stored: a state is
+            decoded from the one before it, back to the first. And for every step what it holds besides.
+        """
+        of_states, of_steps = dict.fromkeys(self.states, 0), dict.fromkeys(self._rows, 0)
+        for name, size in self._file.sizes().items():
+            kind, number, _ = name.split("/", 2)
+            of_kind = of_states if kind in {PARAMETERS, BUFFERS, "coded"} else of_steps
+            of_kind[int(number)] += size
+        return of_states, of_steps
+
     def verify(self) -> None:
         """Read everything: every checksum is checked, every θ decoded; a `DamagedFileError` tells what is wrong."""
         for name in self._file.names:

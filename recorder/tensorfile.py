@@ -284,6 +284,17 @@ class TensorFile:
         """Names of all tensors in the file."""
         return self._names
 
+    def sizes(self) -> dict[str, int]:
+        """Count the bytes of every tensor in the file; none of them is read.
+
+        Returns
+        -------
+        dict of str to int
+            Name to bytes.
+        """
+        entries = json.loads(_header(self.path))
+        return {name: entries[name]["data_offsets"][1] - entries[name]["data_offsets"][0] for name in self._names}
+
     def _read(self, name: str, framework: str) -> Any:
         if name not in self._names:
             message = f"{self.path}: holds no tensor named {name!r}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import shutil
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from recorder import commandline
 from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
 from recorder.runformat import Run
-from replay import arguments, cost, dropout, where
+from replay import arguments, dropout, dryrun, where
 from replay.adoption import adopt_pruned
 from replay.arguments import PROGRAM
 from replay.conclusion import conclude
@@ -26,7 +25,6 @@ from replay.outcomes import Outcome, gather
 from replay.passes import check_recipe, check_table
 from replay.progress import with_progress
 from replay.pruning import prune_finished
-from replay.quadrature import AdaptiveRule
 from replay.selfcheck import check_update
 from replay.serial import run_serially
 from replay.shards import FOLDER
@@ -85,7 +83,9 @@ def _replay(options: argparse.Namespace) -> int:
 def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> bool:
     # Everything from one opening of the run; False if it must be opened anew.
     run, job = opened.run, opened.job
+    outdated = dryrun.stale(opened) if options.dry_run else {}
     if not options.dry_run:
+        opened.make_folders()
         remove_stale(opened)
         adopt_pruned(opened)
     consecutive = run.consecutive
@@ -98,6 +98,7 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> bool:
         opened.folders,
         run,
         entries=opened.entries,
+        outdated=outdated,
         again=options.overwrite,
         whole=options.follow and still,
     )
@@ -115,7 +116,7 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> bool:
     work_on = set(opened.loss_data) if options.follow else {name for task in tasks for name in task.loss_data}
     commandline.say(f"self-check: {'; '.join([report.text, *check_recipe(opened, work_on)])}")
     if options.dry_run:
-        _foretell(opened, tasks)
+        dryrun.tell(opened, ours, tasks, chosen, outdated=outdated, again=options.overwrite, as_json=options.json)
         return True
     for of_entries in opened.entries.values():
         if options.overwrite:
@@ -131,24 +132,6 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> bool:
     if options.prune is not None:
         _prune(opened, options.prune)
     return True
-
-
-def _foretell(opened: Replayer, tasks: Sequence[Task]) -> None:
-    evaluations = sum(cost.evaluations(opened, task) for task in tasks)
-    free = shutil.disk_usage(opened.run.path).free
-    written = sum(cost.bytes_written(opened, task) for task in tasks)
-    kept = sum(of_entries.bytes_to_come for of_entries in opened.entries.values())
-    least = "at least " if isinstance(opened.rule, AdaptiveRule) else ""
-    commandline.say(
-        f"dry run: {least}{evaluations} gradient evaluations, {written / 1e6:.1f} MB to write"
-        f"{f' and {kept / 1e6:.1f} MB of single entries' if kept else ''} ({free / 1e9:.1f} GB free)"
-    )
-    if tasks:
-        memory = max(cost.bytes_in_memory(opened, task) for task in tasks)
-        commandline.say(
-            f"dry run: each worker holds about {memory / 1e9:.2f} GB, beside Python's libraries and what a forward "
-            "and backward pass over one micro-batch takes"
-        )
 
 
 def _work(

@@ -101,7 +101,11 @@ def parser() -> argparse.ArgumentParser:
         "computed, and nothing else can be computed from them later. The first segments, the last one and KEEP steps "
         "before its end stay (default 0; as many as lie between two checkpoints let a restarted training be verified)",
     )
-    parsing.add_argument("--dry-run", action="store_true", help="check, say what would be done, and stop")
+    parsing.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check, say what is to be done and, from a trial of three steps, how long it will take; write nothing",
+    )
     parsing.add_argument("--overwrite", action="store_true", help="compute finished shards of these settings again")
     parsing.add_argument("--json", action="store_true", help="the result as JSON on standard output")
     where.add_arguments(parsing)

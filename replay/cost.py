@@ -10,6 +10,8 @@ from replay.memory import bytes_of_worker
 from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from replay.job import Task
     from replay.work import Replayer
 
@@ -29,12 +31,57 @@ def evaluations(opened: Replayer, task: Task) -> int:
     int
         Over all its steps and loss data.
     """
-    nodes, steps = opened.rule.least_evaluations, task.stop - task.start
+    nodes = opened.rule.least_evaluations
+    return sum(nodes * steps - shared for steps, shared in _steps_and_shared(opened, task).values())
+
+
+def expected_evaluations(opened: Replayer, task: Task, of_step: Mapping[str, float]) -> dict[str, float]:
+    """Count the gradient evaluations that a task will take, from how many a step takes.
+
+    Parameters
+    ----------
+    opened
+        The run, opened for replay.
+    task
+        The task.
+    of_step
+        Loss data to the evaluations of a step that finds none done by the step before.
+
+    Returns
+    -------
+    dict of str to float
+        By loss data; of one in groups by group.
+    """
+    return {name: of_step[name] * steps - shared for name, (steps, shared) in _steps_and_shared(opened, task).items()}
+
+
+def _steps_and_shared(opened: Replayer, task: Task) -> dict[str, tuple[int, int]]:
+    # Steps of each loss data that is evaluated, and how many of them find their first evaluation done.
+    steps = task.stop - task.start
     # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
     shared = opened.rule.starts_at_start and opened.rule.ends_at_end and not opened.run.manifest.buffers
-    saved = steps - 1 if shared else 0
-    evaluated = {part for name in task.loss_data for part in opened.evaluated(name)}
-    return sum(nodes * steps - (saved if opened.loss_data[name].fixed else 0) for name in evaluated)
+    evaluated = dict.fromkeys(part for name in task.loss_data for part in opened.evaluated(name))
+    return {name: (steps, steps - 1 if shared and opened.loss_data[name].fixed else 0) for name in evaluated}
+
+
+def forward_passes(opened: Replayer, task: Task) -> dict[str, int]:
+    """Count the passes that a task takes for losses at ends of a step where the rule has no node: no gradients.
+
+    Parameters
+    ----------
+    opened
+        The run, opened for replay.
+    task
+        The task.
+
+    Returns
+    -------
+    dict of str to int
+        By loss data; of one in groups by group.
+    """
+    ends = (not opened.rule.starts_at_start) + (not opened.rule.ends_at_end)
+    checked = sum(t % opened.job.check_every == 0 for t in range(task.start, task.stop))
+    return dict.fromkeys(_steps_and_shared(opened, task), ends * checked)
 
 
 def bytes_in_memory(opened: Replayer, task: Task) -> int:

@@ -275,10 +275,29 @@ class EntryFolder:
         """
         return [self.file(window) for window in self._pieces if self.file(window).exists()]
 
-    @property
-    def bytes_to_come(self) -> int:
-        """Bytes of the windows' sums that are not there yet, without their headers and their parts."""
-        return len(self.unfinished()) * 8 * sum(parameter.size for parameter in self._folder.trained)
+    def bytes_to_come(self, steps: Iterable[Range], *, again: bool = False) -> int:
+        """Count the bytes of the sums of the windows that have one of some steps, without their headers and parts.
+
+        Parameters
+        ----------
+        steps
+            Start and stop of ranges of steps.
+        again
+            Count also the sums that are there: they are computed again.
+
+        Returns
+        -------
+        int
+            Bytes.
+        """
+        ranges = tuple(steps)
+        windows = [
+            window
+            for window in self._pieces
+            if any(start < window[1] and window[0] < stop for start, stop in ranges)
+            and (again or not self.file(window).exists())
+        ]
+        return len(windows) * 8 * sum(parameter.size for parameter in self._folder.trained)
 
     def unfinished(self) -> list[tuple[Range, int, int]]:
         """List the windows that still lack steps.
@@ -343,6 +362,8 @@ def _attempts_of(steps: Iterable[Sequence[int]], attempts_within: Callable[[int,
 
 def _files(folder: Path) -> Iterator[tuple[Path, Range, Range | None]]:
     # Every sum and part, with its window, and the steps of a part.
+    if not folder.is_dir():
+        return
     for path in sorted(folder.iterdir()):
         match = _NAME.fullmatch(path.name)
         if match:

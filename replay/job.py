@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from replay import dropout
@@ -112,6 +112,7 @@ def plan(
     run: Run,
     *,
     entries: Mapping[str, EntryFolder] | None = None,
+    outdated: Mapping[str, Iterable[tuple[int, int]]] | None = None,
     again: bool = False,
     whole: bool = False,
 ) -> list[Task]:
@@ -127,6 +128,8 @@ def plan(
         Says which steps are recorded. Of a chunk that was pruned in part what is left is a chunk.
     entries
         Loss data to what it keeps of single entries: a chunk of which that is missing is done again.
+    outdated
+        Loss data to the shards that do not count as finished: of steps that were recorded anew.
     again
         List the finished chunks too.
     whole
@@ -140,6 +143,8 @@ def plan(
     finished = {name: set() if again else set(folder.finished()) for name, folder in folders.items()}
     for name, of_entries in (entries or {}).items():
         finished[name] -= of_entries.missing()
+    for name, of_name in (outdated or {}).items():
+        finished[name] -= set(of_name)
     tasks = []
     left = list(chunks(run.consecutive, job.chunk))
     starts = [start for start, _ in left]

@@ -66,7 +66,12 @@ class ReadAhead:
     def __init__(self, run: Run, device: torch.device, precision: Precision) -> None:
         self._run, self._device, self._precision = run, device, precision
         self._held = bool(run.manifest.buffers)
-        self._bytes = sum(row.size * getattr(torch, row.dtype).itemsize for row in run.manifest.trained)
+        self._bytes: int = sum(row.size * getattr(torch, row.dtype).itemsize for row in run.manifest.trained)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a step is read while the one before it is computed on: worth it only where θ is large."""
+        return self._bytes >= WORTH_A_THREAD
 
     def steps(self, start: int, stop: int) -> Iterator[RecordedStep]:
         """Read consecutive steps.
@@ -81,7 +86,7 @@ class ReadAhead:
         RecordedStep
             In order. What goes wrong with reading a step is raised in its place.
         """
-        states = self._ahead(start, stop) if self._bytes >= WORTH_A_THREAD else self._in_turn(start, stop)
+        states = self._ahead(start, stop) if self.ahead else self._in_turn(start, stop)
         here = next(states)
         theta = self._on_device(here.theta)
         for following in states:

@@ -172,21 +172,45 @@ class ShardFolder:
             The folder, swept of what a killed writer left. Settings that are there already are not written again:
             other processes make the same folder at the same time.
         """
-        folder = cls(Path(run) / FOLDER / settings.hash, settings, parameters, provenance)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.path)
+        folder = cls.of(run, settings, parameters, provenance)
+        folder.make()
+        return folder
+
+    @classmethod
+    def of(
+        cls, run: Path, settings: Settings, parameters: Sequence[Parameter], provenance: Mapping[str, Any]
+    ) -> ShardFolder:
+        """Name the folder for these settings, whether or not it exists; nothing is written.
+
+        Parameters
+        ----------
+        run
+            The run's folder.
+        settings, parameters, provenance
+            As for the class.
+
+        Returns
+        -------
+        ShardFolder
+            The folder; where it does not exist, it holds no shard.
+        """
+        return cls(Path(run) / FOLDER / settings.hash, settings, parameters, provenance)
+
+    def make(self) -> None:
+        """Make the folder, or sweep the one that exists, as `create` does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _sweep(self.path)
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "settings": dataclasses.asdict(settings),
-            "parameters": [parameter.to_dict() for parameter in parameters],
-            "provenance": dict(provenance),
+            "settings": dataclasses.asdict(self.settings),
+            "parameters": [parameter.to_dict() for parameter in self.parameters],
+            "provenance": self.provenance,
         }
         text = json.dumps(document, indent=1, sort_keys=True) + "\n"
-        file = folder.path / SETTINGS_FILE
+        file = self.path / SETTINGS_FILE
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             durable.write_text(file, text)
-        return folder
 
     @classmethod
     def open(cls, path: Path) -> ShardFolder:
@@ -247,6 +271,8 @@ class ShardFolder:
         return self.path / f"{start:08d}-{stop:08d}.safetensors"
 
     def _ranges(self) -> list[tuple[int, int]]:
+        if not self.path.is_dir():
+            return []
         matches = [_SHARD_NAME.fullmatch(entry.name) for entry in self.path.iterdir()]
         return sorted(((int(match[1]), int(match[2])) for match in matches if match), key=lambda r: (r[0], -r[1]))
 

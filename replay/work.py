@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -25,7 +27,7 @@ from replay.gradients import Evaluation, LossSurface, Theta
 from replay.job import Job, Receipt, Task
 from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
-from replay.reading import ReadAhead
+from replay.reading import ReadAhead, RecordedStep
 from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
 from replay.settings import Settings, digest_of_table
@@ -42,6 +44,7 @@ class Replayer:
     """
 
     def __init__(self, job: Job) -> None:
+        began = time.monotonic()
         torch.set_num_threads(job.threads)
         # Ten bits of mantissa would drown the residual of a step.
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -51,28 +54,30 @@ class Replayer:
         self.rule = rule_named(job.rule)
         trained = self.run.manifest.trained
         self.precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
-        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self.precision.epsilon)
+        self.tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self.precision.epsilon)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
-        self._device = torch.device(job.device)
+        self.device = torch.device(job.device)
         self._trained = trained
         self._held = bool(self.run.manifest.buffers)
-        self._reader = ReadAhead(self.run, self._device, self.precision)
+        self.reader = ReadAhead(self.run, self.device, self.precision)
         self.surface = LossSurface(
             self.workload,
             [parameter.name for parameter in self._trained],
             self.run.untrained(),
-            self._device,
+            self.device,
             self.precision,
         )
         first = self.run.step(self.run.steps[0])
         requests = [lossdata.parse(text) for text in job.loss_data]
-        built = [data for request in requests for data in lossdata.build(request, self.workload, first, self._device)]
+        built = [data for request in requests for data in lossdata.build(request, self.workload, first, self.device)]
         self.loss_data = {data.name: data for data in built}
         self._in_groups = {part.name for data in built if isinstance(data, Grouped) for part in data.parts}
         self.folders = {name: self._folder(name) for name in self.loss_data}
         self.entries = self._entry_folders()
         self.on_step: Callable[[int], None] = lambda step: None
         """Called after each step of a chunk: whoever watches over this process hears that it lives."""
+        self.seconds_to_open = time.monotonic() - began
+        """What every worker takes before its first chunk, beside the start of Python and its libraries."""
 
     def _entry_folders(self) -> dict[str, EntryFolder]:
         run, windows = self.run, self.job.windows
@@ -91,7 +96,7 @@ class Replayer:
             The same run, opened anew.
         """
         self.run = run
-        self._reader = ReadAhead(run, self._device, self.precision)
+        self.reader = ReadAhead(run, self.device, self.precision)
         self.entries = self._entry_folders()
 
     @property
@@ -112,7 +117,7 @@ class Replayer:
             atol=self.job.atol,
             dropout=self.dropout_of(name),
             chunk=self.job.chunk,
-            recipe={**current_recipe(self._device), "dtype": self.precision.name},
+            recipe={**current_recipe(self.device), "dtype": self.precision.name},
             check_every=self.job.check_every,
         )
         provenance = {
@@ -121,7 +126,7 @@ class Replayer:
             "recipe": dict(manifest.recipe),
             "buffers": list(manifest.buffers),
         }
-        return ShardFolder.create(self.run.path, settings, manifest.parameters, provenance)
+        return ShardFolder.of(self.run.path, settings, manifest.parameters, provenance)
 
     def dropout_of(self, name: str) -> str:
         """Say how a loss data is measured.
@@ -179,6 +184,17 @@ class Replayer:
             self._theta(t), self.loss_data[name].micro_batches(step), states=self.random_states(name, step)
         )
 
+    def make_folders(self, names: Iterable[str] | None = None) -> None:
+        """Make the folders of shards, or sweep those that are there: before anything is written into them.
+
+        Parameters
+        ----------
+        names
+            The loss data; all of them by default.
+        """
+        for name in self.loss_data if names is None else names:
+            self.folders[name].make()
+
     def replay(self, task: Task) -> Receipt:
         """Allocate every step of a chunk and write one shard for each loss data.
 
@@ -193,16 +209,13 @@ class Replayer:
             The shards' files, which are on disk.
         """
         self._reach(task)
+        self.make_folders(task.loss_data)
         steps = range(task.start, task.stop)
-        rows = {name: Rows(len(steps), self._trained, self._tolerance) for name in task.loss_data}
+        rows = {name: Rows(len(steps), self._trained, self.tolerance) for name in task.loss_data}
         kept = {name: self.entries[name].collect(task.start, task.stop) for name in task.loss_data}
         known: dict[str, Evaluation | None] = {}
-        for step in self._reader.steps(task.start, task.stop):
-            if self._held:
-                self.surface.hold(step.buffers)
-            ends = _Ends(step.start, step.end)
-            for name in task.loss_data:
-                allocation = self._allocate(step.record, name, ends, known)
+        for step in self.reader.steps(task.start, task.stop):
+            for name, allocation in self.allocations(step, task.loss_data, known):
                 rows[name].add(step.record, allocation)
                 kept[name].add(step.record.step, allocation)
             self.on_step(step.record.step)
@@ -220,6 +233,42 @@ class Replayer:
         run = Run(self.run.path)
         run.manifest = dataclasses.replace(run.manifest, parameters=self.run.manifest.parameters)
         self.take_up(run)
+
+    def allocations(
+        self,
+        step: RecordedStep,
+        names: Sequence[str],
+        known: dict[str, Evaluation | None],
+        *,
+        surface: Surface | None = None,
+        check: bool | None = None,
+    ) -> Iterator[tuple[str, Allocation]]:
+        """Allocate a step on loss data, one after the other; nothing is written.
+
+        Parameters
+        ----------
+        step
+            The step, as it was read.
+        names
+            The loss data.
+        known
+            Loss data to the evaluation at the start of the step, where it is known; then holds those at its end.
+        surface
+            What measures loss and gradient, where it is not `surface` itself.
+        check
+            Whether the losses at both ends are wanted; by default at the steps that the job says.
+
+        Yields
+        ------
+        (str, Allocation)
+            Of each loss data.
+        """
+        if self._held:
+            self.surface.hold(step.buffers)
+        check = step.record.step % self.job.check_every == 0 if check is None else check
+        ends = _Ends(step.start, step.end, self.surface if surface is None else surface, check)
+        for name in names:
+            yield name, self._allocate(step.record, name, ends, known)
 
     def evaluated(self, name: str) -> list[str]:
         """List the loss data that are evaluated for one: itself, or its groups.
@@ -239,7 +288,7 @@ class Replayer:
 
     def _theta(self, t: int) -> dict[str, torch.Tensor]:
         return {
-            name: self.precision.converted(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()
+            name: self.precision.converted(tensor.to(self.device)) for name, tensor in self.run.parameters(t).items()
         }
 
     def _allocate(self, step: Step, name: str, ends: _Ends, known: dict[str, Evaluation | None]) -> Allocation:
@@ -256,18 +305,18 @@ class Replayer:
         states = self.random_states(name, step)
 
         def along(theta: Theta, direction: Theta) -> Evaluation:
-            return self.surface.evaluate(theta, micro_batches, direction, states=states)
+            return ends.surface.evaluate(theta, micro_batches, direction, states=states)
 
         allocation = allocate(
             ends.start,
             ends.end,
             self.rule,
-            evaluate=lambda theta: self.surface.evaluate(theta, micro_batches, states=states),
-            loss=lambda theta: self.surface.loss(theta, micro_batches, states=states),
+            evaluate=lambda theta: ends.surface.evaluate(theta, micro_batches, states=states),
+            loss=lambda theta: ends.surface.loss(theta, micro_batches, states=states),
             first=known.get(name),
-            tolerance=self._tolerance,
+            tolerance=self.tolerance,
             along=along if data.sampled else None,
-            check=step.step % self.job.check_every == 0,
+            check=ends.check,
         )
         known[name] = allocation.end if data.fixed and not self._held else None
         if name in self._in_groups:
@@ -275,12 +324,33 @@ class Replayer:
         return allocation
 
 
+class Surface(Protocol):
+    """What measures loss and gradient, as `LossSurface` does."""
+
+    def evaluate(
+        self,
+        theta: Theta,
+        micro_batches: Sequence[Any],
+        direction: Theta | None = None,
+        *,
+        states: dropout.RandomStates | None = None,
+    ) -> Evaluation:
+        """Compute loss and gradient."""
+        ...
+
+    def loss(self, theta: Theta, micro_batches: Sequence[Any], *, states: dropout.RandomStates | None = None) -> float:
+        """Compute the mean loss alone."""
+        ...
+
+
 @dataclasses.dataclass(slots=True)
 class _Ends:
-    """Both ends of a step, and what has been allocated between them for groups of examples."""
+    """Both ends of a step, how it is measured there, and what has been allocated for groups of examples."""
 
     start: Theta
     end: Theta
+    surface: Surface
+    check: bool
     done: dict[str, Allocation] = dataclasses.field(default_factory=dict)
 
 

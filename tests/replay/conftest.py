@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from recorder.runformat import Run
 from replay import log, shards
 from replay.__main__ import main
+from replay.job import Job
 from replay.shards import ShardFolder
 from replay.work import replayer
 from tests import cases
@@ -54,6 +56,18 @@ def replay() -> Callable[..., int]:
         return main(["--run", str(run), "--workload", workload, "--workers", "1", *chosen, *arguments])
 
     return command
+
+
+@pytest.fixture
+def job() -> Callable[..., Job]:
+    """A job on a run, as the command line would make it."""
+
+    def of(run: Path, **settings: Any) -> Job:
+        chosen = {"rule": "simpson", "loss_data": ("batch", "probe:16"), "chunk": 4, "workload": "recorded", **settings}
+        plain: Files = {"rtol": 1e-3, "atol": 0.0, "device": "cpu", "dtype": None, "threads": 1, "data": None}
+        return Job(run=str(run), run_id=Run(run).manifest.run_id, **plain, **chosen)
+
+    return of
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def test_a_wrong_window_is_wrong_usage_and_a_dry_run_says_how_large_the_entries_
     assert "--per-parameter 0:7: expected a window of recorded steps" in capsys.readouterr().err
     assert replay(run, "--per-parameter", "all", "--dry-run") == 0
     size = sum(tensor.numel() for tensor in cases.workload().model().parameters())
-    assert f" MB to write and {8 * size / 1e6:.1f} MB of single entries (" in capsys.readouterr().err
+    assert f" of shards and {8 * size / 1e3:.1f} kB of single entries; " in capsys.readouterr().err
     assert not _entries(run)
 
 

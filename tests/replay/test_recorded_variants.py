@@ -144,7 +144,7 @@ def _sums(found: ShardFolder) -> dict[int, Any]:
     return sums
 
 
-def _restarted(run: Path, first: int, steps: int) -> None:
+def restarted(run: Path, first: int, steps: int) -> None:
     """Go on with the recorded training from step `first`, on other batches than before."""
     torch.manual_seed(1)
     task = cases.workload()
@@ -172,7 +172,7 @@ def test_shards_of_steps_that_a_restarted_training_redid_are_replaced_and_the_ot
     found = folder(run, "batch")
     kept = found.file(0, 2).stat().st_mtime_ns
     before = _sums(found)
-    _restarted(run, first=3, steps=2)
+    restarted(run, first=3, steps=2)
     assert Run(run).steps == [0, 1, 2, 3, 4]
     capsys.readouterr()
     replayer.cache_clear()  # another process would replay it
@@ -227,7 +227,7 @@ def test_parameters_that_were_left_out_but_move_are_refused(tmp_path: Path, repl
 
 
 def test_shards_tell_which_attempts_recorded_their_steps(run: Path, replay: Command, folder: Find) -> None:
-    _restarted(run, first=3, steps=2)
+    restarted(run, first=3, steps=2)
     assert replay(run) == 0
     found = folder(run, "batch")
     (entry,) = found.finished()

@@ -15,7 +15,7 @@ import torch
 from recorder.loading import load_workload
 from recorder.runformat import Run
 from recorder.segments import segment_file
-from replay import cost, shards, work
+from replay import work
 from replay.job import Receipt, Task
 from replay.shards import ShardFolder, Status
 from tests import cases
@@ -30,20 +30,13 @@ BOTH = ("batch", "probe:16")
 
 
 @pytest.fixture
-def foretold_bytes() -> list[int]:
-    """What the replayer said that each of `tasks` would write."""
-    return []
-
-
-@pytest.fixture
-def tasks(monkeypatch: pytest.MonkeyPatch, foretold_bytes: list[int]) -> list[Task]:
+def tasks(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     """The tasks that are really computed."""
     done: list[Task] = []
     compute = work.Replayer.replay
 
     def spy(self: work.Replayer, task: Task) -> Receipt:
         done.append(task)
-        foretold_bytes.append(cost.bytes_written(self, task))
         return compute(self, task)
 
     monkeypatch.setattr(work.Replayer, "replay", spy)
@@ -224,43 +217,6 @@ def test_a_shard_does_not_depend_on_the_company_it_was_computed_in(run: Path, re
     assert alone.items() <= _bytes(run).items()
 
 
-@pytest.mark.parametrize("rule", ["simpson", "trapezoid", "gauss2", "euler"])
-def test_a_dry_run_writes_no_shard_and_foretells_evaluations_and_bytes(
-    run: Path, rule: str, replay: Command, capsys: Captured, tasks: list[Task], foretold_bytes: list[int]
-) -> None:
-    arguments = ("--chunk", "4", "--rule", rule, "--rtol", "1")
-    assert replay(run, *arguments, "--dry-run", loss_data=BOTH) == 0
-    dry = capsys.readouterr()
-    assert dry.out == ""
-    assert not tasks
-    assert not list(run.rglob("shards/*/*.safetensors"))
-    assert re.search(
-        r"dry run: each worker holds about 0\.0[4-9] GB, beside Python's libraries and what a forward and backward "
-        "pass over one micro-batch takes",
-        dry.err,
-    )
-    foretold = re.search(r"dry run: (\d+) gradient evaluations, (\d+\.\d) MB to write", dry.err)
-    assert foretold
-    assert replay(run, *arguments, loss_data=BOTH) == 0
-    found = shards.folders(run)
-    assert int(foretold[1]) == sum(_per_step(folder, "evaluations").sum() for folder in found)
-    written = sum(
-        array.nbytes
-        for folder in found
-        for start, stop in folder.finished()
-        for shard in [folder.read(start, stop)]
-        for arrays in (shard.per_step, *shard.per_unit.values(), *shard.per_parameter.values(), shard.spread)
-        for array in arrays.values()
-    ) + sum(
-        counts.nbytes
-        for folder in found
-        for start, stop in folder.finished()
-        if (counts := folder.read(start, stop).counts) is not None
-    )
-    assert written == sum(foretold_bytes) > 50_000
-    assert foretold[2] == f"{written / 1e6:.1f}"
-
-
 def test_steps_chooses_the_shards_that_hold_them(run: Path, replay: Command, folder: Find) -> None:
     for text, expected in (
         ("3:4", [(2, 4)]),
@@ -278,7 +234,7 @@ def test_overwrite_computes_again_just_the_chosen_shards(
     before = stamps(run)
     tasks.clear()
     assert replay(run, "--chunk", "2", "--overwrite", "--steps", "2:4", "--dry-run") == 0
-    assert "dry run: at least 6 gradient evaluations" in capsys.readouterr().err
+    assert re.search("gradient evaluations +at least 6\n", capsys.readouterr().err)
     assert stamps(run) == before
     assert replay(run, "--chunk", "2", "--overwrite", "--steps", "2:4") == 0
     after = stamps(run)
