@@ -16,13 +16,10 @@ import torch
 
 from recorder.table import Parameter
 from replay.gradients import Evaluation, Theta
+from replay.precision import EXACT, Rounding
 from replay.quadrature import AdaptiveRule, Rule
 from replay.shards import Status
 from replay.unitsums import Combination, ParameterSums, dot, sum_parameters
-
-FLOOR_ULPS = 4
-"""Spacings of the loss that rounding may move a residual by: 1.5 at most in the steps of a small Transformer, float32
-against float64."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,32 +32,34 @@ class Tolerance:
         Relative to the measured change of the loss.
     atol
         In nats.
-    epsilon
-        Spacing of the numbers that the loss is computed in, at 1. The rounding floor is `FLOOR_ULPS` of these times
-        the larger of the two losses: what lies below is rounding, which no refinement takes away.
+    rounding
+        The rounding floor, relative to the larger of the two losses: what lies below is rounding, which no refinement
+        takes away.
     """
 
     rtol: float
     atol: float
-    epsilon: float = 0.0
+    rounding: Rounding = EXACT
 
-    def allowed(self, loss_start: float, loss_end: float) -> float:
+    def allowed(self, loss_start: float, loss_end: float, predictions: float) -> float:
         """Return the largest |residual| of a balanced entry.
 
         Parameters
         ----------
         loss_start, loss_end
             The measured losses, in nats.
+        predictions
+            What they are averaged over.
 
         Returns
         -------
         float
             In nats; NaN or infinite where the losses are.
         """
-        floor = FLOOR_ULPS * self.epsilon * max(abs(loss_start), abs(loss_end))
+        floor = self.rounding.over(predictions) * max(abs(loss_start), abs(loss_end))
         return self.rtol * abs(loss_end - loss_start) + self.atol + floor
 
-    def status(self, residual: float, loss_start: float, loss_end: float) -> Status:
+    def status(self, residual: float, loss_start: float, loss_end: float, predictions: float) -> Status:
         """Judge one entry.
 
         Parameters
@@ -69,6 +68,8 @@ class Tolerance:
             Σ LCA - ΔL, in nats.
         loss_start, loss_end
             The measured losses, in nats.
+        predictions
+            What they are averaged over.
 
         Returns
         -------
@@ -77,7 +78,7 @@ class Tolerance:
         """
         if not (math.isfinite(residual) and math.isfinite(loss_end - loss_start)):
             return Status.NOT_FINITE
-        within = abs(residual) <= self.allowed(loss_start, loss_end)
+        within = abs(residual) <= self.allowed(loss_start, loss_end, predictions)
         return Status.CONVERGED if within else Status.TOLERANCE_NOT_MET
 
 
@@ -180,7 +181,7 @@ class Allocation:
         """
         if not self.checked and math.isfinite(self._total):
             return Status.NOT_CHECKED
-        return tolerance.status(self.residual, self.loss_start, self.loss_end)
+        return tolerance.status(self.residual, self.loss_start, self.loss_end, self.predictions)
 
     @property
     def _total(self) -> float:
@@ -366,9 +367,10 @@ def _halved(line: _Line, rule: AdaptiveRule, tolerance: Tolerance) -> tuple[Comb
     change = at_end.loss - at_start.loss
     borders: dict[str, torch.Tensor] = {}
     middles: dict[str, torch.Tensor] = {}
+    predictions = at_end.predictions
     while (
         pieces < rule.most_pieces
-        and tolerance.status(total - change, at_start.loss, at_end.loss) is Status.TOLERANCE_NOT_MET
+        and tolerance.status(total - change, at_start.loss, at_end.loss, predictions) is Status.TOLERANCE_NOT_MET
     ):
         # Two sums in float64 then stand for all gradients. They are kept without their weights, which change with the
         # number of pieces.

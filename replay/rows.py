@@ -67,7 +67,7 @@ class Rows:
             "loss_start": allocation.loss_start,
             "loss_end": allocation.loss_end,
             "residual": residual,
-            "tolerance": self._tolerance.allowed(allocation.loss_start, allocation.loss_end),
+            "tolerance": self._tolerance.allowed(allocation.loss_start, allocation.loss_end, allocation.predictions),
             "status": allocation.status(self._tolerance),
             "evaluations": allocation.evaluations,
         }

@@ -51,7 +51,7 @@ class Replayer:
         self.rule = rule_named(job.rule)
         trained = self.run.manifest.trained
         self.precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
-        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self.precision.epsilon)
+        self._tolerance = Tolerance(rtol=job.rtol, atol=job.atol, rounding=self.precision.rounding)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self._device = torch.device(job.device)
         self._trained = trained
