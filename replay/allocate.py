@@ -108,6 +108,9 @@ class Allocation:
     spread
         Where asked for: parameter name to what every micro-batch gives to its LCA, times all predictions, as found at
         the rule's node in the middle of the step; float64 of shape (micro-batches,).
+    pieces
+        Number of pieces of the micro-batch that was cut most to fit into memory, in any gradient evaluation; 1 where
+        all fitted.
     """
 
     gradient: Mapping[str, torch.Tensor]
@@ -120,6 +123,7 @@ class Allocation:
     total: float | None = None
     counts: tuple[float, ...] = (1.0,)
     spread: Mapping[str, torch.Tensor] | None = None
+    pieces: int = 1
 
     @property
     def predictions(self) -> float:
@@ -245,6 +249,7 @@ def allocate(
         total=total,
         counts=line.counts,
         spread=line.spread,
+        pieces=line.pieces,
     )
 
 
@@ -273,6 +278,7 @@ def by_weight(parts: Sequence[Allocation]) -> Allocation:
         end=None,
         checked=all(part.checked for part in parts),
         counts=tuple(count for part in parts for count in part.counts),
+        pieces=max(part.pieces for part in parts),
     )
 
 
@@ -321,6 +327,7 @@ class _Line:
         self.delta = Combination([(1.0, end), (-1.0, start)], like=start)
         self.ends: tuple[Evaluation | None, Evaluation | None] = (first, None)
         self.evaluations = 0
+        self.pieces = 1 if first is None else first.pieces
 
     def at(self, node: float) -> Mapping[str, torch.Tensor]:
         # At the ends it is computed once.
@@ -333,6 +340,7 @@ class _Line:
         else:
             point = self._evaluate(self._between(node))
         self.counts = point.counts
+        self.pieces = max(self.pieces, point.pieces)
         self.evaluations += 1
         if node in (0, 1):
             self.ends = (point, at_end) if node == 0 else (at_start, point)

@@ -44,6 +44,7 @@ class Rows:
         }
         self._spread: dict[str, npt.NDArray[Any]] = {}
         self._counts: npt.NDArray[Any] | None = None
+        self._pieces: dict[int, int] = {}
 
     def add(self, step: Step, allocation: Allocation) -> None:
         """Fill the next row.
@@ -78,6 +79,8 @@ class Rows:
                 self._per_unit[quantity][name][row] = getattr(sums, quantity)
             for quantity in PER_PARAMETER:
                 self._per_parameter[quantity][name][row] = getattr(sums, quantity)
+        if allocation.pieces > 1:
+            self._pieces[step.step] = allocation.pieces
         if allocation.spread is not None:
             self._add_spread(row, allocation)
 
@@ -105,4 +108,5 @@ class Rows:
             per_parameter=self._per_parameter,
             spread=self._spread,
             counts=self._counts,
+            pieces=self._pieces,
         )

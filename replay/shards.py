@@ -116,6 +116,8 @@ class Shard:
         gives to the parameter's LCA, times all predictions, at one node in the middle of the step.
     counts
         On sampled loss data the predictions of every micro-batch, float64 of shape (steps, micro-batches); else None.
+    pieces
+        Of each step where a micro-batch did not fit into memory: in how many pieces the most divided one was computed.
     """
 
     per_step: Mapping[str, npt.NDArray[Any]]
@@ -123,6 +125,7 @@ class Shard:
     per_parameter: Mapping[str, Mapping[str, npt.NDArray[Any]]]
     spread: Mapping[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
     counts: npt.NDArray[Any] | None = None
+    pieces: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 class ShardFolder:
@@ -352,6 +355,7 @@ class ShardFolder:
             "start": start,
             "stop": stop,
             "attempts": [list(entry) for entry in attempts],
+            "pieces": [[step, number] for step, number in sorted(shard.pieces.items())],
         }
         tensorfile.write(path, tensors, facts)
         for first, last in self._ranges():
@@ -381,6 +385,7 @@ class ShardFolder:
             per_parameter=self._read_by_parameter(file, PER_PARAMETER),
             spread=self._read_by_parameter(file, [SPREAD])[SPREAD] if COUNTS in file.names else {},
             counts=file.array(COUNTS) if COUNTS in file.names else None,
+            pieces=dict(file.facts.get("pieces", [])),
         )
 
     def _read_by_parameter(

@@ -17,7 +17,7 @@ from recorder.loading import load_workload
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
-from replay import dropout, lossdata
+from replay import dropout, kernels, lossdata
 from replay.allocate import Allocation, Tolerance, allocate, by_weight
 from replay.entries import EntryFolder
 from replay.examples import Grouped
@@ -43,9 +43,7 @@ class Replayer:
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
-        # Ten bits of mantissa would drown the residual of a step.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        kernels.rule_out_inexact()
         self.job = job
         self.run = Run(Path(job.run))
         self.rule = rule_named(job.rule)
@@ -95,7 +93,12 @@ class Replayer:
             atol=self.job.atol,
             dropout=self.dropout_of(name),
             chunk=self.job.chunk,
-            recipe={**current_recipe(self._device), "dtype": self.precision.name},
+            recipe={
+                **current_recipe(self._device),
+                "dtype": self.precision.name,
+                "micro_batch": self.loss_data[name].micro_batch,
+                "attention": kernels.attention(self._device),
+            },
             check_every=self.job.check_every,
         )
         provenance = {
