@@ -19,10 +19,12 @@ import torch
 from benchmarks.replayruns import LanguageModelling
 from benchmarks.report import machine, table
 from recorder import commandline
-from replay.allocate import Allocation, Between, Tolerance, allocate
+from replay.allocate import Between, allocate
+from replay.allocation import Allocation
 from replay.gradients import LossSurface, Theta
 from replay.precision import PRECISIONS
 from replay.quadrature import RULES
+from replay.tolerance import Tolerance
 
 PROGRAM = "python -m benchmarks.rounding"
 

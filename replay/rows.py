@@ -10,8 +10,9 @@ import numpy as np
 
 from recorder.steps import Step
 from recorder.table import Parameter
-from replay.allocate import Allocation, Tolerance
-from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, Shard
+from replay.allocation import Allocation
+from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard
+from replay.tolerance import Tolerance
 
 if TYPE_CHECKING:
     import numpy.typing as npt

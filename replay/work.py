@@ -18,7 +18,8 @@ from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
 from replay import dropout, kernels, lossdata
-from replay.allocate import Allocation, Tolerance, allocate, by_weight
+from replay.allocate import allocate
+from replay.allocation import Allocation, by_weight
 from replay.entries import EntryFolder
 from replay.examples import Grouped
 from replay.gradients import Evaluation, LossSurface, Theta
@@ -30,6 +31,7 @@ from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
 from replay.settings import Settings, digest_of_table
 from replay.shards import ShardFolder
+from replay.tolerance import Tolerance
 
 
 class Replayer:

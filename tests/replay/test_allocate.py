@@ -17,11 +17,13 @@ from hypothesis.extra import numpy as hnp
 
 from recorder.table import Parameter
 from replay import unitsums
-from replay.allocate import Allocation, Tolerance, allocate
+from replay.allocate import allocate
+from replay.allocation import Allocation
+from replay.columns import Status
 from replay.gradients import Evaluation
 from replay.precision import PRECISIONS, Rounding
 from replay.quadrature import ADAPTIVE, RULES
-from replay.shards import Status
+from replay.tolerance import Tolerance
 from replay.unitsums import ParameterSums, sum_parameters
 
 SHAPES = {"matrix": (2, 3), "vector": (3,), "scalar": ()}
