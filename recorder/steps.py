@@ -70,9 +70,7 @@ class MicroBatch:
         device
             Where the model is: that of a GPU has a generator of its own.
         """
-        torch.set_rng_state(self.random_state["rng_cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(self.random_state["rng_cuda"], device)
+        set_random_state(self.random_state, device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +106,21 @@ class Step:
         """Predictions of the whole update, NaN where a micro-batch's number is not known."""
         counts = [micro_batch.predictions for micro_batch in self.micro_batches]
         return math.nan if None in counts else float(sum(count for count in counts if count is not None))
+
+
+def set_random_state(random_state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Set torch's generators to recorded states.
+
+    Parameters
+    ----------
+    random_state
+        By the names of `RANDOM_STATES`; a `KeyError` tells where the device's is missing.
+    device
+        Where the model is: that of a GPU has a generator of its own.
+    """
+    torch.set_rng_state(random_state["rng_cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(random_state["rng_cuda"], device)
 
 
 def take_apart(step: Step) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

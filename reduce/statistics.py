@@ -102,7 +102,7 @@ class Statistic:
     variable
         Its name in the cube.
     quantity
-        Its name in the shards: one of `replay.shards.PER_UNIT`.
+        Its name in the shards: one of `replay.columns.PER_UNIT`.
     over
         Which groups of a `Grouping` it has.
     chunk

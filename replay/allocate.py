@@ -8,183 +8,17 @@ section 2.3. Nothing here knows of models or files: a step is two parameter sets
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from recorder.table import Parameter
+from replay.allocation import Allocation
+from replay.columns import Status
 from replay.gradients import Evaluation, Theta
 from replay.quadrature import AdaptiveRule, Rule
-from replay.shards import Status
-from replay.unitsums import Combination, ParameterSums, dot, sum_parameters
-
-FLOOR_ULPS = 4
-"""Spacings of the loss that rounding may move a residual by: 1.5 at most in the steps of a small Transformer, float32
-against float64."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Tolerance:
-    """When the books balance: |residual| ≤ rtol · |ΔL| + atol + the rounding floor.
-
-    Parameters
-    ----------
-    rtol
-        Relative to the measured change of the loss.
-    atol
-        In nats.
-    epsilon
-        Spacing of the numbers that the loss is computed in, at 1. The rounding floor is `FLOOR_ULPS` of these times
-        the larger of the two losses: what lies below is rounding, which no refinement takes away.
-    """
-
-    rtol: float
-    atol: float
-    epsilon: float = 0.0
-
-    def allowed(self, loss_start: float, loss_end: float) -> float:
-        """Return the largest |residual| of a balanced entry.
-
-        Parameters
-        ----------
-        loss_start, loss_end
-            The measured losses, in nats.
-
-        Returns
-        -------
-        float
-            In nats; NaN or infinite where the losses are.
-        """
-        floor = FLOOR_ULPS * self.epsilon * max(abs(loss_start), abs(loss_end))
-        return self.rtol * abs(loss_end - loss_start) + self.atol + floor
-
-    def status(self, residual: float, loss_start: float, loss_end: float) -> Status:
-        """Judge one entry.
-
-        Parameters
-        ----------
-        residual
-            Σ LCA - ΔL, in nats.
-        loss_start, loss_end
-            The measured losses, in nats.
-
-        Returns
-        -------
-        Status
-            Converged, tolerance not met, or not finite.
-        """
-        if not (math.isfinite(residual) and math.isfinite(loss_end - loss_start)):
-            return Status.NOT_FINITE
-        within = abs(residual) <= self.allowed(loss_start, loss_end)
-        return Status.CONVERGED if within else Status.TOLERANCE_NOT_MET
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Allocation:
-    """One step's ledger on one loss data.
-
-    Parameters
-    ----------
-    gradient
-        Parameter name to the mean of its gradient along the step, as the rule finds it: float64, in the parameter's
-        shape.
-    delta
-        Parameter name to its update Δθ, likewise.
-    loss_start, loss_end
-        Measured at θ_t and θ_{t+1}, in nats; NaN where they were not asked for and the rule has no node there.
-    evaluations
-        Gradient evaluations used.
-    end
-        The evaluation at θ_{t+1} where the rule has one: on a fixed loss data, the next step's first.
-    checked
-        Whether the losses at both ends were measured.
-    total
-        Σ LCA in nats, where it is known already.
-    counts
-        Number of predictions of every micro-batch.
-    spread
-        Where asked for: parameter name to what every micro-batch gives to its LCA, times all predictions, as found at
-        the rule's node in the middle of the step; float64 of shape (micro-batches,).
-    """
-
-    gradient: Mapping[str, torch.Tensor]
-    delta: Mapping[str, torch.Tensor]
-    loss_start: float
-    loss_end: float
-    evaluations: int
-    end: Evaluation | None
-    checked: bool = True
-    total: float | None = None
-    counts: tuple[float, ...] = (1.0,)
-    spread: Mapping[str, torch.Tensor] | None = None
-
-    @property
-    def predictions(self) -> float:
-        """What the loss is averaged over."""
-        return sum(self.counts)
-
-    def lca(self, name: str) -> torch.Tensor:
-        """Return the LCA of every entry of a parameter.
-
-        Parameters
-        ----------
-        name
-            The parameter.
-
-        Returns
-        -------
-        torch.Tensor
-            float64 in the parameter's shape, in nats.
-        """
-        return self.gradient[name] * self.delta[name]
-
-    def sums(self, parameters: Sequence[Parameter]) -> dict[str, ParameterSums]:
-        """Sum the LCA of every parameter over each of its units.
-
-        Parameters
-        ----------
-        parameters
-            Rows of the parameter table.
-
-        Returns
-        -------
-        dict of str to ParameterSums
-            By parameter name, in host memory.
-        """
-        return sum_parameters(parameters, self.gradient, self.delta)
-
-    @property
-    def change(self) -> float:
-        """ΔL, the measured change of the loss, in nats."""
-        return self.loss_end - self.loss_start
-
-    @property
-    def residual(self) -> float:
-        """Σ LCA - ΔL, in nats; NaN where the losses were not measured."""
-        return self._total - self.change
-
-    def status(self, tolerance: Tolerance) -> Status:
-        """Judge the entry.
-
-        Parameters
-        ----------
-        tolerance
-            Within which its books are to balance.
-
-        Returns
-        -------
-        Status
-            An LCA that is not finite is told also where the losses were not measured.
-        """
-        if not self.checked and math.isfinite(self._total):
-            return Status.NOT_CHECKED
-        return tolerance.status(self.residual, self.loss_start, self.loss_end)
-
-    @property
-    def _total(self) -> float:
-        return dot(self.gradient, self.delta) if self.total is None else self.total
+from replay.tolerance import Tolerance
+from replay.unitsums import Combination, dot
 
 
 def allocate(
@@ -244,34 +78,7 @@ def allocate(
         total=total,
         counts=line.counts,
         spread=line.spread,
-    )
-
-
-def by_weight(parts: Sequence[Allocation]) -> Allocation:
-    """Put together the allocations of groups of examples: the mean over all their predictions.
-
-    Parameters
-    ----------
-    parts
-        Of the same step, each on one group; at least one.
-
-    Returns
-    -------
-    Allocation
-        On all groups together: losses, gradients and so LCA are the groups' by weight.
-    """
-    predictions = sum(part.predictions for part in parts)
-    weights = [part.predictions / predictions for part in parts]
-    pairs = list(zip(parts, weights, strict=True))
-    return Allocation(
-        gradient=Combination([(weight, part.gradient) for part, weight in pairs], like=parts[0].gradient),
-        delta=parts[0].delta,
-        loss_start=sum(part.loss_start * weight for part, weight in pairs),
-        loss_end=sum(part.loss_end * weight for part, weight in pairs),
-        evaluations=sum(part.evaluations for part in parts),
-        end=None,
-        checked=all(part.checked for part in parts),
-        counts=tuple(count for part in parts for count in part.counts),
+        pieces=line.pieces,
     )
 
 
@@ -320,6 +127,7 @@ class _Line:
         self.delta = Combination([(1.0, end), (-1.0, start)], like=start)
         self.ends: tuple[Evaluation | None, Evaluation | None] = (first, None)
         self.evaluations = 0
+        self.pieces = 1 if first is None else first.pieces
 
     def at(self, node: float) -> Mapping[str, torch.Tensor]:
         # At the ends it is computed once.
@@ -332,6 +140,7 @@ class _Line:
         else:
             point = self._evaluate(self._between(node))
         self.counts = point.counts
+        self.pieces = max(self.pieces, point.pieces)
         self.evaluations += 1
         if node in (0, 1):
             self.ends = (point, at_end) if node == 0 else (at_start, point)
@@ -366,9 +175,10 @@ def _halved(line: _Line, rule: AdaptiveRule, tolerance: Tolerance) -> tuple[Comb
     change = at_end.loss - at_start.loss
     borders: dict[str, torch.Tensor] = {}
     middles: dict[str, torch.Tensor] = {}
+    predictions = at_end.predictions
     while (
         pieces < rule.most_pieces
-        and tolerance.status(total - change, at_start.loss, at_end.loss) is Status.TOLERANCE_NOT_MET
+        and tolerance.status(total - change, at_start.loss, at_end.loss, predictions) is Status.TOLERANCE_NOT_MET
     ):
         # Two sums in float64 then stand for all gradients. They are kept without their weights, which change with the
         # number of pieces.

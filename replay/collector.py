@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from replay.allocate import Allocation
+    from replay.allocation import Allocation
     from replay.chunks import Range
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT
 from replay.memory import bytes_of_worker
-from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recorder.errors import UsageError
+from recorder.steps import set_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,19 +46,13 @@ def as_recorded(model: nn.Module, states: RandomStates, device: torch.device) ->
     callable
         To be called with the position of each micro-batch before its forward pass.
     """
-
-    def draw_again(position: int) -> None:
-        torch.set_rng_state(states[position]["rng_cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[position]["rng_cuda"], device)
-
     model.train()
     # Batch normalisation moves its running statistics in training mode. They are put back only at the end: in the
     # training, too, a micro-batch found them as the one before had left them.
     before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], device_type="cuda"):
-            yield draw_again
+            yield lambda position: set_random_state(states[position], device)
     finally:
         for name, (buffer, value) in before.items():
             owner, _, own_name = name.rpartition(".")

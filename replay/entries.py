@@ -27,7 +27,8 @@ from replay.collector import Collector
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from replay.shards import Attempts, ShardFolder
+    from replay.shardfile import Attempts
+    from replay.shards import ShardFolder
 
 FORMAT = "lossledger-entries"
 VERSION = 1

@@ -42,6 +42,7 @@ class FixedExamples:
     ) -> None:
         self.name = name
         self.sampled = sampled
+        self.micro_batch: int | str = collate.micro_batch
         batches = collate.host(indices)
         self._batches = collate.on_device(batches)
         self.settings: dict[str, Any] = {
@@ -90,6 +91,7 @@ class FreshDraw:
     def __init__(self, name: str, available: Sequence[int], examples: int, split: str, collate: Collation) -> None:
         self.name = name
         self._available, self._examples, self._collate = available, examples, collate
+        self.micro_batch: int | str = collate.micro_batch
         self.settings: dict[str, Any] = {
             "split": split,
             "examples": examples,
@@ -137,6 +139,7 @@ class Grouped:
     def __init__(self, name: str, parts: Sequence[FixedExamples]) -> None:
         self.name = name
         self.parts = tuple(parts)
+        self.micro_batch: int | str = self.parts[0].micro_batch
         self.settings: dict[str, Any] = {"groups": {part.name: part.settings for part in parts}}
 
     def micro_batches(self, step: Step) -> Sequence[Any]:

@@ -46,12 +46,15 @@ class Evaluation:
     along
         Where a direction was given: parameter name to the derivative along it of every micro-batch's summed loss,
         float64 of shape (micro-batches,).
+    pieces
+        Number of pieces of the micro-batch that was cut most to fit into memory; 1 where all fitted.
     """
 
     loss: float
     gradient: Mapping[str, torch.Tensor]
     counts: tuple[float, ...] = (1.0,)
     along: Mapping[str, torch.Tensor] | None = None
+    pieces: int = 1
 
     @property
     def predictions(self) -> float:
@@ -218,7 +221,13 @@ class LossSurface:
             totals = torch.stack(reached)
             parts = torch.diff(totals, dim=0, prepend=torch.zeros_like(totals[:1])).T
             along = dict(zip(direction, parts, strict=True))
-        return Evaluation(loss=loss_sum / predictions, gradient=gradient, counts=tuple(counts), along=along)
+        return Evaluation(
+            loss=loss_sum / predictions,
+            gradient=gradient,
+            counts=tuple(counts),
+            along=along,
+            pieces=self._pieces.most,
+        )
 
     def _accumulate(
         self, micro_batches: Sequence[Any], direction: Theta | None, states: RandomStates | None

@@ -103,9 +103,11 @@ class LossData(Protocol):
     """The examples of a step.
 
     `fixed`: the same for every step. `sampled`: drawn at random, so that what is measured on them has a standard error.
+    `micro_batch`: examples to a micro-batch, or ``recorded``: as in the training.
     """
 
     name: str
+    micro_batch: int | str
     fixed: bool
     sampled: bool
     settings: dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,42 @@ from torch.overrides import TorchFunctionMode
 from recorder.errors import UsageError
 
 SIXTEEN_BIT = frozenset({torch.float16, torch.bfloat16})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rounding:
+    """How far rounding alone may move the residual of a step, relative to its loss.
+
+    Parameters
+    ----------
+    of_loss
+        What does not average out over predictions: the loss's own rounding, and that of parameters that all
+        predictions see alike.
+    of_prediction
+        What rounding does to the loss of a single prediction: over n independent ones 1/√n of it is left.
+    """
+
+    of_loss: float = 0.0
+    of_prediction: float = 0.0
+
+    def over(self, predictions: float) -> float:
+        """Return the share of the loss that is rounding.
+
+        Parameters
+        ----------
+        predictions
+            What the loss is averaged over.
+
+        Returns
+        -------
+        float
+            Relative to the loss.
+        """
+        return math.hypot(self.of_loss, self.of_prediction / math.sqrt(max(predictions, 1.0)))
+
+
+EXACT = Rounding()
+"""None at all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +74,22 @@ class Precision:
 
     @property
     def epsilon(self) -> float:
-        """Spacing of the numbers that the loss is computed in, at 1."""
+        """Spacing, at 1, of the coarsest numbers that the loss is computed in."""
         return torch.finfo(self.autocast or self.dtype).eps
+
+    @property
+    def rounding(self) -> Rounding:
+        """What ``python -m benchmarks.rounding`` finds in the steps of a small Transformer, with a margin.
+
+        In float32 and float64 a residual is off by 2.0 ε of the loss at most, whatever the number of predictions: the
+        margin is 2. Under autocast to bfloat16 it is off by 0.09 ε over 31 predictions, 0.05 ε over 124, 0.04 ε over
+        496 and 0.03 ε over 1,984 and over 7,936: the margin is 4 to 5. A width of 8 with logits of size 8 takes up
+        most of it: 0.26 ε over 24 predictions, 0.15 ε over 96, 0.11 ε over 1,536. All of these sum their losses in
+        float32; in 16 bit the sum alone would be off by ε/2, more than any step should be excused.
+        """
+        if self.autocast is None:
+            return Rounding(of_loss=4 * self.epsilon)
+        return Rounding(of_loss=self.epsilon / 8, of_prediction=2 * self.epsilon)
 
     def converted(self, values: Any) -> Any:
         """Convert floating-point tensors to `dtype`; all else stays as it is.

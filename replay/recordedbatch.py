@@ -29,6 +29,7 @@ class RecordedBatch:
 
     fixed = False
     sampled = False
+    micro_batch: int | str = "recorded"
 
     def __init__(self, name: str, workload: Workload, device: torch.device) -> None:
         self.name = name

@@ -10,8 +10,9 @@ import numpy as np
 
 from recorder.steps import Step
 from recorder.table import Parameter
-from replay.allocate import Allocation, Tolerance
-from replay.shards import PER_PARAMETER, PER_STEP, PER_UNIT, Shard
+from replay.allocation import Allocation
+from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard
+from replay.tolerance import Tolerance
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -44,6 +45,7 @@ class Rows:
         }
         self._spread: dict[str, npt.NDArray[Any]] = {}
         self._counts: npt.NDArray[Any] | None = None
+        self._pieces: dict[int, int] = {}
 
     def add(self, step: Step, allocation: Allocation) -> None:
         """Fill the next row.
@@ -67,7 +69,7 @@ class Rows:
             "loss_start": allocation.loss_start,
             "loss_end": allocation.loss_end,
             "residual": residual,
-            "tolerance": self._tolerance.allowed(allocation.loss_start, allocation.loss_end),
+            "tolerance": self._tolerance.allowed(allocation.loss_start, allocation.loss_end, allocation.predictions),
             "status": allocation.status(self._tolerance),
             "evaluations": allocation.evaluations,
         }
@@ -78,6 +80,8 @@ class Rows:
                 self._per_unit[quantity][name][row] = getattr(sums, quantity)
             for quantity in PER_PARAMETER:
                 self._per_parameter[quantity][name][row] = getattr(sums, quantity)
+        if allocation.pieces > 1:
+            self._pieces[step.step] = allocation.pieces
         if allocation.spread is not None:
             self._add_spread(row, allocation)
 
@@ -105,4 +109,5 @@ class Rows:
             per_parameter=self._per_parameter,
             spread=self._spread,
             counts=self._counts,
+            pieces=self._pieces,
         )

@@ -1,17 +1,17 @@
-"""The shard format: what replay computed for a contiguous range of steps, one file a range.
+"""The shards of a run: what replay computed for contiguous ranges of steps, one file a range.
 
     RUN/shards/<settings-hash>/settings.json                       one loss data, rule and recipe; the parameter table
     RUN/shards/<settings-hash>/00000000-00000008.safetensors       steps 0 to 7
 
-Described for readers in any language in docs/formats/shards.md. This module alone writes, reads and validates
-shards; it imports no torch. The settings decide the folder, so a rerun with other settings never mixes with
-these, and the same settings give the same bytes whatever the number of workers or interruptions.
+Described for readers in any language in docs/formats/shards.md. This module is the door for all who write or read
+shards; what is in a file is the matter of `columns` and `shardfile`. None of them imports torch. The settings decide
+the folder, so a rerun with other settings never mixes with these, and the same settings give the same bytes whatever
+the number of workers or interruptions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import json
 import re
 import time
@@ -19,17 +19,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from recorder import durable, tensorfile
+from recorder import durable
 from recorder.errors import FormatError, UsageError
 from recorder.table import ATTENTION_COMPONENTS, COMPONENTS, MODEL_LAYER, Parameter
+from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, Status
 from replay.settings import VERSION, Settings
+from replay.shardfile import FORMAT, open_shard, read_per_step, read_shard, write_shard
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    Attempts = Sequence[tuple[int, int, int]]
+    from recorder import tensorfile
+    from replay.shardfile import Attempts
 
 __all__ = [
     # What a reader of shards needs of the floors below stands here too.
@@ -48,81 +49,12 @@ __all__ = [
     "folders",
 ]
 
-FORMAT = "lossledger-shards"
 FOLDER = "shards"
 SETTINGS_FILE = "settings.json"
 LEFTOVER_SECONDS = 3600.0
 """A temporary file this old is a killed writer's; a younger one may be another process's, at work in the folder."""
 
 _SHARD_NAME = re.compile(r"(\d{8})-(\d{8})\.safetensors")
-
-
-class Status(enum.IntEnum):
-    """How an entry came about: one for every step and loss data."""
-
-    CONVERGED = 0
-    TOLERANCE_NOT_MET = 1
-    NOT_FINITE = 2
-    NOT_CHECKED = 3
-
-
-PER_STEP = {
-    "step": np.int64,
-    "epoch": np.int64,
-    "lr": np.float64,
-    "predictions": np.int64,
-    "weight": np.float64,
-    "loss_start": np.float64,
-    "loss_end": np.float64,
-    "residual": np.float64,
-    "tolerance": np.float64,
-    "status": np.uint8,
-    "evaluations": np.int64,
-}
-"""Arrays of shape (steps,) in every shard, with their dtypes.
-
-``epoch``, ``lr`` and ``predictions`` are those of the recorded update; ``weight`` is the number of predictions that the
-loss on the shard's loss data is averaged over; the losses, the residual and the tolerance, the
-largest residual of a balanced entry, are in nats on the shard's loss data; ``evaluations`` counts gradient evaluations.
-"""
-
-PER_UNIT = {"sum": np.float64, "positive_sum": np.float64, "positive_count": np.int64, "zero_count": np.int64}
-"""Arrays of shape (steps, units) for every trained parameter, named ``<quantity>/<parameter name>``."""
-
-PER_PARAMETER = {"gradient_norm": np.float64, "update_norm": np.float64, "cosine": np.float64}
-"""Arrays of shape (steps,) for every trained parameter, named ``<quantity>/<parameter name>``.
-
-The gradient is its mean along the step, so that the product of the three is the parameter's LCA.
-"""
-
-
-SPREAD, COUNTS = "spread", "counts"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """The content of one shard.
-
-    Parameters
-    ----------
-    per_step
-        Name to array of shape (steps,); the names and dtypes of `PER_STEP`.
-    per_unit
-        Quantity to parameter name to array of shape (steps, units); the quantities and dtypes of `PER_UNIT`.
-    per_parameter
-        Quantity to parameter name to array of shape (steps,); the quantities and dtypes of `PER_PARAMETER`.
-    spread
-        On sampled loss data: parameter name to array of shape (steps, micro-batches), float64: what every micro-batch
-        gives to the parameter's LCA, times all predictions, at one node in the middle of the step.
-    counts
-        On sampled loss data the predictions of every micro-batch, float64 of shape (steps, micro-batches); else None.
-    """
-
-    per_step: Mapping[str, npt.NDArray[Any]]
-    per_unit: Mapping[str, Mapping[str, npt.NDArray[Any]]]
-    per_parameter: Mapping[str, Mapping[str, npt.NDArray[Any]]]
-    spread: Mapping[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
-    counts: npt.NDArray[Any] | None = None
 
 
 class ShardFolder:
@@ -344,14 +276,7 @@ class ShardFolder:
         attempts
             Which attempts recorded the steps that are kept.
         """
-        shard, steps = self.read(start, stop), end - start
-        kept = Shard(
-            per_step={name: rows[:steps] for name, rows in shard.per_step.items()},
-            per_unit={name: _first(steps, rows) for name, rows in shard.per_unit.items()},
-            per_parameter={name: _first(steps, rows) for name, rows in shard.per_parameter.items()},
-            spread=_first(steps, shard.spread),
-            counts=None if shard.counts is None else shard.counts[:steps],
-        )
+        kept = self.read(start, stop).before(end)
         self.write(start, end, kept, attempts)
         self.remove(start, stop)
 
@@ -389,35 +314,8 @@ class ShardFolder:
         Path
             The shard's file.
         """
-        steps = stop - start
-        tensors: dict[str, npt.NDArray[Any]] = {}
-        for name, dtype in PER_STEP.items():
-            tensors[name] = _checked(name, shard.per_step[name], (steps,), dtype)
-        for quantity, dtype in PER_UNIT.items():
-            for parameter in self.trained:
-                key = f"{quantity}/{parameter.name}"
-                array = shard.per_unit[quantity][parameter.name]
-                tensors[key] = _checked(key, array, (steps, parameter.units), dtype)
-        for quantity, dtype in PER_PARAMETER.items():
-            for parameter in self.trained:
-                key = f"{quantity}/{parameter.name}"
-                tensors[key] = _checked(key, shard.per_parameter[quantity][parameter.name], (steps,), dtype)
-        if shard.counts is not None:
-            shape = (steps, shard.counts.shape[-1])
-            tensors[COUNTS] = _checked(COUNTS, shard.counts, shape, np.float64)
-            for parameter in self.trained:
-                key = f"{SPREAD}/{parameter.name}"
-                tensors[key] = _checked(key, shard.spread[parameter.name], shape, np.float64)
         path = self.file(start, stop)
-        facts = {
-            "format": FORMAT,
-            "version": VERSION,
-            "settings": self.settings.hash,
-            "start": start,
-            "stop": stop,
-            "attempts": [list(entry) for entry in attempts],
-        }
-        tensorfile.write(path, tensors, facts)
+        write_shard(path, shard, self.trained, settings=self.settings.hash, start=start, stop=stop, attempts=attempts)
         for first, last in self._ranges():
             if start <= first and last <= stop and (first, last) != (start, stop):
                 self.file(first, last).unlink(missing_ok=True)
@@ -438,22 +336,7 @@ class ShardFolder:
         Shard
             Its content.
         """
-        file = self._open_shard(start, stop)
-        return Shard(
-            per_step={name: file.array(name) for name in PER_STEP},
-            per_unit=self._read_by_parameter(file, PER_UNIT),
-            per_parameter=self._read_by_parameter(file, PER_PARAMETER),
-            spread=self._read_by_parameter(file, [SPREAD])[SPREAD] if COUNTS in file.names else {},
-            counts=file.array(COUNTS) if COUNTS in file.names else None,
-        )
-
-    def _read_by_parameter(
-        self, file: tensorfile.TensorFile, quantities: Iterable[str]
-    ) -> dict[str, dict[str, npt.NDArray[Any]]]:
-        return {
-            quantity: {parameter.name: file.array(f"{quantity}/{parameter.name}") for parameter in self.trained}
-            for quantity in quantities
-        }
+        return read_shard(self._open_shard(start, stop), self.trained)
 
     def read_per_step(self, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         """Read of a shard only what it holds once a step: little, however large the model.
@@ -468,20 +351,10 @@ class ShardFolder:
         dict of str to numpy.ndarray
             The arrays of `PER_STEP`.
         """
-        file = self._open_shard(start, stop)
-        return {name: file.array(name) for name in PER_STEP}
+        return read_per_step(self._open_shard(start, stop))
 
     def _open_shard(self, start: int, stop: int) -> tensorfile.TensorFile:
-        path = self.file(start, stop)
-        file = tensorfile.TensorFile(path)
-        if file.facts.get("settings") != self.settings.hash:
-            message = f"{path}: expected a shard of settings {self.settings.hash}, found {file.facts.get('settings')!r}"
-            raise FormatError(message)
-        held = (file.facts.get("start"), file.facts.get("stop"))
-        if held != (start, stop):
-            message = f"{path}: expected the steps of its name, found steps {held[0]} to {held[1]} (not included)"
-            raise FormatError(message)
-        return file
+        return open_shard(self.file(start, stop), settings=self.settings.hash, start=start, stop=stop)
 
 
 def folders(run: Path) -> list[ShardFolder]:
@@ -523,14 +396,3 @@ def _sweep(folder: Path) -> None:
                 leftover.unlink()
         except FileNotFoundError:
             continue  # its writer has just renamed it
-
-
-def _first(steps: int, rows: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    return {name: values[:steps] for name, values in rows.items()}
-
-
-def _checked(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:
-    if array.shape != shape or array.dtype != dtype:
-        message = f"{name}: expected {np.dtype(dtype)} of shape {shape}, got {array.dtype} of shape {array.shape}"
-        raise ValueError(message)
-    return array

@@ -124,6 +124,11 @@ class Pieces:
         self._pieces: list[list[Any]] = []
         self._at = (0, 0)
 
+    @property
+    def most(self) -> int:
+        """Number of pieces of the micro-batch that is cut most, of those asked for last; 1 where all fit."""
+        return max(map(len, self._pieces), default=1)
+
     def each(self, position: int) -> Iterator[Any]:
         """Yield the pieces of a micro-batch, inside of `fit`.
 

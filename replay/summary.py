@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from replay.shards import ShardFolder, Status
+from replay.columns import Status
+from replay.shards import ShardFolder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,8 +19,9 @@ from recorder.loading import load_workload
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
-from replay import dropout, lossdata
-from replay.allocate import Allocation, Tolerance, allocate, by_weight
+from replay import dropout, kernels, lossdata
+from replay.allocate import allocate
+from replay.allocation import Allocation, by_weight
 from replay.entries import EntryFolder
 from replay.examples import Grouped
 from replay.gradients import Evaluation, LossSurface, Theta
@@ -32,6 +33,7 @@ from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
 from replay.settings import Settings, digest_of_table
 from replay.shards import ShardFolder
+from replay.tolerance import Tolerance
 
 
 class Replayer:
@@ -46,15 +48,13 @@ class Replayer:
     def __init__(self, job: Job) -> None:
         began = time.monotonic()
         torch.set_num_threads(job.threads)
-        # Ten bits of mantissa would drown the residual of a step.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        kernels.rule_out_inexact()
         self.job = job
         self.run = Run(Path(job.run))
         self.rule = rule_named(job.rule)
         trained = self.run.manifest.trained
         self.precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
-        self.tolerance = Tolerance(rtol=job.rtol, atol=job.atol, epsilon=self.precision.epsilon)
+        self.tolerance = Tolerance(rtol=job.rtol, atol=job.atol, rounding=self.precision.rounding)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self.device = torch.device(job.device)
         self._trained = trained
@@ -117,7 +117,12 @@ class Replayer:
             atol=self.job.atol,
             dropout=self.dropout_of(name),
             chunk=self.job.chunk,
-            recipe={**current_recipe(self.device), "dtype": self.precision.name},
+            recipe={
+                **current_recipe(self.device),
+                "dtype": self.precision.name,
+                "micro_batch": self.loss_data[name].micro_batch,
+                "attention": kernels.attention(self.device),
+            },
             check_every=self.job.check_every,
         )
         provenance = {

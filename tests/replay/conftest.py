@@ -24,13 +24,14 @@ Files = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def fresh_process() -> Iterator[None]:
-    """Undo what a replay leaves behind in its process: the replayer, torch's threads, its random state."""
-    state = torch.get_rng_state()
+    """Undo what a replay leaves behind in its process: the replayer, torch's threads, kernels, random state."""
+    state, fastpath = torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
     replayer.cache_clear()
     with one_thread():
         yield
     replayer.cache_clear()
     torch.set_rng_state(state)
+    torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 @pytest.fixture(scope="session")

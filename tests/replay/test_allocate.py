@@ -17,15 +17,18 @@ from hypothesis.extra import numpy as hnp
 
 from recorder.table import Parameter
 from replay import unitsums
-from replay.allocate import FLOOR_ULPS, Allocation, Tolerance, allocate
+from replay.allocate import allocate
+from replay.allocation import Allocation
+from replay.columns import Status
 from replay.gradients import Evaluation
+from replay.precision import PRECISIONS, Rounding
 from replay.quadrature import ADAPTIVE, RULES
-from replay.shards import Status
+from replay.tolerance import Tolerance
 from replay.unitsums import ParameterSums, sum_parameters
 
 SHAPES = {"matrix": (2, 3), "vector": (3,), "scalar": ()}
 SIZE = 10
-TOLERANCE = Tolerance(rtol=1e-3, atol=0.0, epsilon=2.0**-52)
+TOLERANCE = Tolerance(rtol=1e-3, atol=0.0, rounding=Rounding(of_loss=2.0**-50))
 Theta = Mapping[str, torch.Tensor]
 
 
@@ -220,15 +223,25 @@ def test_a_step_that_stands_still_allocates_nothing(matrix: Any, slope: Any, sta
     ],
 )
 def test_the_books_balance_within_the_sum_of_both_tolerances(residual: float, change: float, status: Status) -> None:
-    assert Tolerance(rtol=1e-2, atol=1e-5).status(residual, 0.0, change) is status
+    assert Tolerance(rtol=1e-2, atol=1e-5).status(residual, 0.0, change, 1) is status
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_below_the_rounding_floor_of_the_losses_every_residual_is_rounding(dtype: torch.dtype) -> None:
-    tolerance = Tolerance(rtol=0, atol=0, epsilon=torch.finfo(dtype).eps)
-    floor = FLOOR_ULPS * torch.finfo(dtype).eps * 6
-    assert tolerance.status(0.99 * floor, -6.0, 5.0) is Status.CONVERGED
-    assert tolerance.status(1.01 * floor, -6.0, 5.0) is Status.TOLERANCE_NOT_MET
+@pytest.mark.parametrize(
+    ("precision", "predictions", "share"),
+    [
+        ("float32", 100, 4 * 2.0**-23),
+        ("float64", 100, 4 * 2.0**-52),
+        ("bfloat16", 1, 1.5656e-2),
+        ("bfloat16", 100, 1.8427e-3),
+        ("bfloat16", 10**6, 9.767e-4),
+    ],
+)
+def test_below_the_rounding_floor_of_the_losses_every_residual_is_rounding(
+    precision: str, predictions: int, share: float
+) -> None:
+    tolerance = Tolerance(rtol=0, atol=0, rounding=PRECISIONS[precision].rounding)
+    assert tolerance.status(0.99 * share * 6, -6.0, 5.0, predictions) is Status.CONVERGED
+    assert tolerance.status(1.01 * share * 6, -6.0, 5.0, predictions) is Status.TOLERANCE_NOT_MET
 
 
 def _allocation(*entries: float, loss_end: float = 0.0) -> Allocation:
@@ -240,7 +253,7 @@ def _allocation(*entries: float, loss_end: float = 0.0) -> Allocation:
 def test_infinities_of_both_signs_have_no_residual_and_no_traceback() -> None:
     allocation = _allocation(math.inf, 1.0, -math.inf, loss_end=math.inf)
     assert math.isnan(allocation.residual)
-    assert Tolerance(rtol=1, atol=1).status(allocation.residual, 0.0, math.inf) is Status.NOT_FINITE
+    assert Tolerance(rtol=1, atol=1).status(allocation.residual, 0.0, math.inf, 1) is Status.NOT_FINITE
 
 
 def test_the_residual_survives_cancellation_between_parameters() -> None:
@@ -290,14 +303,14 @@ def test_it_halves_only_until_the_books_balance(frequency: float, evaluations: i
     start, end = np.linspace(0, 0.3, SIZE), np.linspace(0.05, 0.5, SIZE)
     allocation = _wave(frequency).allocate(start, end, "adaptive")
     assert allocation.evaluations == evaluations
-    assert TOLERANCE.status(allocation.residual, allocation.loss_start, allocation.loss_end) is Status.CONVERGED
+    assert TOLERANCE.status(allocation.residual, allocation.loss_start, allocation.loss_end, 1) is Status.CONVERGED
 
 
 def test_where_the_cap_is_reached_the_status_says_so() -> None:
     start, end = np.zeros(SIZE), np.full(SIZE, 1.0)
     allocation = _wave(40.0).allocate(start, end, "adaptive")
     assert allocation.evaluations == 2 * ADAPTIVE.most_pieces + 1
-    status = TOLERANCE.status(allocation.residual, allocation.loss_start, allocation.loss_end)
+    status = TOLERANCE.status(allocation.residual, allocation.loss_start, allocation.loss_end, 1)
     assert status is Status.TOLERANCE_NOT_MET
 
 

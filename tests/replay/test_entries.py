@@ -23,7 +23,7 @@ from recorder.runformat import Run
 from recorder.table import Parameter
 from recorder.tensorfile import TensorFile
 from replay import entries, work
-from replay.allocate import Allocation
+from replay.allocation import Allocation
 from replay.entries import EntryFolder
 from replay.job import Receipt, Task
 from replay.settings import Settings

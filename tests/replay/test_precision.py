@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
 
 from recorder.errors import UsageError
 from replay.precision import PRECISIONS, fitting, precision_named
+from replay.shards import ShardFolder, Status
+from tests import cases
 
 CPU = torch.device("cpu")
+Command = Callable[..., int]
+Find = Callable[[Path, str], ShardFolder]
 
 
 @pytest.mark.parametrize(
@@ -65,3 +73,15 @@ def test_under_bfloat16_the_forward_pass_is_mixed_and_the_parameters_are_not() -
     out.sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("rule", "lr", "expected", "code"),
+    [("euler", 0.02, Status.TOLERANCE_NOT_MET, 3), ("simpson", 0.002, Status.CONVERGED, 0)],
+)
+def test_bfloat16_does_not_excuse_a_coarse_rule(
+    tmp_path: Path, replay: Command, folder: Find, rule: str, lr: float, expected: Status, code: int
+) -> None:
+    cases.train(tmp_path, steps=8, make_optimizer=functools.partial(torch.optim.Adam, lr=lr))
+    assert replay(tmp_path, "--dtype", "bfloat16", "--rule", rule) == code
+    assert set(folder(tmp_path, "batch").read(0, 8).per_step["status"]) == {expected}

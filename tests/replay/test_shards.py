@@ -68,6 +68,7 @@ def _shard(start: int, stop: int) -> Shard:
             quantity: {name: generator.normal(size=steps).astype(dtype) for name in ("out.weight", "scale")}
             for quantity, dtype in PER_PARAMETER.items()
         },
+        pieces={9: 4} if start <= 9 < stop else {},
     )
 
 
@@ -87,6 +88,7 @@ def test_what_is_written_is_read_back(made: ShardFolder, tmp_path: Path) -> None
     assert opened.finished() == [(0, 8), (8, 11)]
     for start, stop in opened.finished():
         found, expected = opened.read(start, stop), _shard(start, stop)
+        assert found.pieces == expected.pieces
         for name, dtype in PER_STEP.items():
             assert found.per_step[name].dtype == dtype
             np.testing.assert_array_equal(found.per_step[name], expected.per_step[name])
@@ -110,6 +112,7 @@ def test_a_reader_that_knows_only_the_format_page_reads_a_shard(made: ShardFolde
         "start": 8,
         "stop": 11,
         "attempts": [[1, 8, 10], [2, 10, 11]],
+        "pieces": [[9, 4]],
     }
     kinds = {"F64": "<f8", "I64": "<i8", "U8": "u1"}
     arrays = {}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,9 @@ from torch import nn
 from recorder.errors import LossledgerError, MismatchError, UsageError
 from replay.gradients import Evaluation, LossSurface
 from replay.precision import PRECISIONS
+from replay.shards import ShardFolder
 from replay.splitting import halve, is_out_of_memory
+from tests.replay import variants
 
 ROWS, WIDTH = 12, 3
 
@@ -90,6 +94,7 @@ def test_what_does_not_fit_is_halved_until_it_does_and_the_result_stays(
     workload = _Regression(most=most, fails_with=error)
     found = _surface(workload).evaluate(THETA, batches, THETA)
     _same(found, expected)
+    assert (found.pieces > 1, expected.pieces) == (most < 7, 1)
     assert found.along is not None
     assert expected.along is not None
     for name, values in expected.along.items():
@@ -193,3 +198,17 @@ def test_with_the_trainings_dropout_a_micro_batch_is_not_cut() -> None:
         "a micro-batch does not fit into memory, and with --dropout recorded it cannot be cut in two; use a device "
         "with more of it, fewer --workers, or --dropout off"
     )
+
+
+def test_the_shard_tells_which_steps_were_computed_in_pieces_and_the_settings_do_not(
+    run: Path, replay: Callable[..., int], folder: Callable[[Path, str], ShardFolder]
+) -> None:
+    both = {"loss_data": ("batch", "probe:6")}
+    assert replay(run, **both) == 0
+    whole = {name: folder(run, name).read(0, 6) for name in ("batch", "probe")}
+    assert replay(run, "--overwrite", workload=f"{variants.HERE}:short_of_memory", **both) == 0
+    for name, before in whole.items():
+        found = folder(run, name).read(0, 6)
+        assert (before.pieces, found.pieces) == ({}, dict.fromkeys(range(6), 2))
+        for quantity in ("loss_start", "residual"):
+            np.testing.assert_allclose(found.per_step[quantity], before.per_step[quantity], rtol=0, atol=1e-6)

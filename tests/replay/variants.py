@@ -102,6 +102,15 @@ class DrawingElsewhere(DroppingOut):
         return super().loss(model, batch)
 
 
+class ShortOfMemory(LanguageModelling):
+    """Has room for the gradient of four examples, in evaluation mode."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+        if torch.is_grad_enabled() and not model.training and len(batch["tokens"]) > 4:
+            raise MemoryError
+        return super().loss(model, batch)
+
+
 class Unhurried(LanguageModelling):
     """Takes its time, so that a replay can be caught at its work however busy the machine is."""
 
@@ -190,6 +199,10 @@ def dropping_out() -> LanguageModelling:
 
 def drawing_elsewhere() -> LanguageModelling:
     return DrawingElsewhere()
+
+
+def short_of_memory() -> LanguageModelling:
+    return ShortOfMemory()
 
 
 def unhurried() -> LanguageModelling:
