@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recorder.errors import FormatError
+from replay.blocks import Combination
 from replay.dropout import as_recorded
 from replay.splitting import Pieces
-from replay.unitsums import Combination, dots
+from replay.unitsums import dots
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -208,11 +209,11 @@ class LossSurface:
             micro_batches, lambda: self._accumulate(micro_batches, direction, states), whole=states is not None
         )
         predictions = sum(counts)
-        gradient = {}
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                gradient[name] = parameter.grad.div_(predictions)
-                parameter.grad = None
+        gradient = {name: tensor.grad for name, tensor in self._parameters.items() if tensor.grad is not None}
+        if gradient:
+            # One call, for a net of many small parameters.
+            torch._foreach_div_(list(gradient.values()), predictions)
+        self._forget_gradients()
         along = None
         if direction is not None:
             totals = torch.stack(reached)
@@ -224,9 +225,8 @@ class LossSurface:
         self, micro_batches: Sequence[Any], direction: Theta | None, states: RandomStates | None
     ) -> tuple[float, list[float], list[torch.Tensor]]:
         # From the start: a pass that ran out of memory leaves gradients of some parameters behind.
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        loss_sum, counts, reached = 0.0, [], []
+        self._forget_gradients()
+        losses, counts, reached = [], [], []
         with self._mode(states) as draw:
             for position in range(len(micro_batches)):
                 draw(position)
@@ -235,12 +235,17 @@ class LossSurface:
                     with self.precision.forward(self.device):
                         loss, count = self._workload.loss(self._model, self.precision.converted(piece))
                     loss.backward()  # type: ignore[no-untyped-call]
-                    loss_sum += float(loss.detach())
+                    losses.append(loss.detach())
                     of_micro_batch += float(count)
                 counts.append(of_micro_batch)
                 if direction is not None:
                     reached.append(self._along(direction))
-        return loss_sum, counts, reached
+        # Looked at when all passes are under way: a GPU would stand still at each of them otherwise.
+        return sum(map(float, losses)), counts, reached
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def _along(self, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         # Gradients add up over the micro-batches; so do their products with the direction.
