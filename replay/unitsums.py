@@ -41,7 +41,7 @@ def dots(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) ->
             sums.append(_dot_of_one(names[0], left, right))
             continue
         sizes = [left.like[name].numel() for name in names]
-        pairs = zip(left.joined(names).split(sizes), right.joined(names).split(sizes), strict=True)
+        pairs = zip(*(torch.split(side.joined(names), sizes) for side in (left, right)), strict=True)
         sums.extend(torch.dot(of_left, of_right) for of_left, of_right in pairs)
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
@@ -171,7 +171,9 @@ def _sums_of(parameters: Sequence[Parameter], slopes: Combination, steps: Combin
     torch.gt(lca, 0, out=quantities[2])
     torch.eq(lca, 0, out=quantities[3])
     sums: list[torch.Tensor] = []
-    parts = zip(parameters, quantities.split(sizes, 1), slope.split(sizes), step.split(sizes), strict=True)
+    parts = zip(
+        parameters, torch.split(quantities, sizes, 1), torch.split(slope, sizes), torch.split(step, sizes), strict=True
+    )
     for parameter, part, of_slope, of_step in parts:
         before, units, after = units_of(parameter.shape, parameter.unit_axis)
         sums.append(part.view(4, before, units, after).sum(dim=(1, 3)))
