@@ -37,7 +37,7 @@ test: install ## the test suite, the whole way on a short run included
 bench-recorder: install ## what recording every step costs: time, bytes (about half an hour, best on a quiet machine)
 	$(BIN)/python -m benchmarks.recorder $(if $(TEXT),--text $(TEXT))
 
-bench-replay: install ## what replay costs beside its gradients, and how fast its variants are (about half an hour)
+bench-replay: install ## what replay costs beside its gradients, and how fast its variants are (about 20 minutes, best on a quiet machine)
 	$(BIN)/python -m benchmarks.replay $(if $(TABLE),> $(TABLE))
 
 reliability: install ## every promise of a run, as often as promised, in one table (some hours on two cores)

@@ -106,7 +106,7 @@ POINTS = (2, 3, 8, 16)
 
 STACKED_TURNS = 16
 
-WORKERS_STEPS, WORKERS_TURNS = 480, 2
+WORKERS_STEPS, WORKERS_TURNS = 400, 2
 
 
 def _parser() -> argparse.ArgumentParser:

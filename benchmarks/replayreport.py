@@ -125,7 +125,7 @@ def _workers(result: Workers) -> str:
             ", ".join(f"{getattr(clock, field) * scale:.4g}" for clock in result.one),
             ", ".join(f"{getattr(clock, field) * scale:.4g}" for clock in result.two),
             f"**{ratio:.2f}**",
-            f"≥ {REACH_WORKERS}: {verdict(ratio >= REACH_WORKERS)}",
+            f"≥ {REACH_WORKERS}: {verdict(ratio >= REACH_WORKERS)}" if field == "pace" else "",
         )
         for name, field, scale, ratio in (
             ("whole command, s", "whole", 1, result.whole_ratio),
