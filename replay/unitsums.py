@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,15 +34,60 @@ def dots(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) ->
     torch.Tensor
         float64 of shape (names,), on the tensors' device, in the order of `left`.
     """
-    left, right = combination(left), combination(right)
+    right = combination(right)
+    return _dots(combination(left), right, _cut(right))
+
+
+class Projection:
+    """Products of one set of tensors with others, one after another.
+
+    Parameters
+    ----------
+    direction
+        Name to tensor: made at once, for it is looked at again and again.
+    """
+
+    def __init__(self, direction: Mapping[str, torch.Tensor]) -> None:
+        direction = combination(direction)
+        self._parts = [(names, parts or (direction[names[0]],)) for names, parts in _cut(direction)]
+        made = {name: part for names, parts in self._parts for name, part in zip(names, parts, strict=True)}
+        self._like = direction.like
+        self._direction = Combination([(1.0, made)], self._like)
+
+    def dots(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Multiply entry by entry, and sum over the entries of each tensor.
+
+        Parameters
+        ----------
+        tensors
+            Name to tensor: a name that is missing stands for zeros.
+
+        Returns
+        -------
+        torch.Tensor
+            As from `dots`, in the order of the direction.
+        """
+        return _dots(Combination([(1.0, tensors)], self._like), self._direction, self._parts)
+
+
+_Part = tuple[list[str], tuple[torch.Tensor, ...]]
+"""Names of tensors that share a block, and each of them as a vector; none of one that comes alone."""
+
+
+def _cut(tensors: Combination) -> Iterator[_Part]:
+    for names in bundles(tensors.like):
+        sizes = [tensors.like[name].numel() for name in names]
+        yield names, torch.split(tensors.joined(names), sizes) if len(names) > 1 else ()
+
+
+def _dots(left: Combination, right: Combination, parts: Iterable[_Part]) -> torch.Tensor:
     sums: list[torch.Tensor] = []
-    for names in bundles(left.like):
+    for names, of_right in parts:
         if len(names) == 1:
             sums.append(_dot_of_one(names[0], left, right))
             continue
-        sizes = [left.like[name].numel() for name in names]
-        pairs = zip(*(torch.split(side.joined(names), sizes) for side in (left, right)), strict=True)
-        sums.extend(torch.dot(of_left, of_right) for of_left, of_right in pairs)
+        of_left = torch.split(left.joined(names), [len(part) for part in of_right])
+        sums.extend(map(torch.dot, of_left, of_right))
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
 
