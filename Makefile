@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # make demo TEXT=folder uses a folder of train.en, train.de, val.en, val.de (plain or .gz).
 TEXT ?=
+# make reliability TABLE=docs/reliability.md writes the table there, make bench-replay its page.
+TABLE ?=
 OUT ?= demo-out$(if $(TEXT),/$(notdir $(TEXT:/=)))
 
 .DEFAULT_GOAL := help
@@ -35,11 +37,8 @@ test: install ## the test suite, the whole way on a short run included
 bench-recorder: install ## what recording every step costs: time, bytes (about half an hour, best on a quiet machine)
 	$(BIN)/python -m benchmarks.recorder $(if $(TEXT),--text $(TEXT))
 
-bench-replay: install ## what replay costs beside its gradients, and how fast its variants are (about half an hour)
-	$(BIN)/python -m benchmarks.replay
-
-# make reliability TABLE=docs/reliability.md also writes the table there.
-TABLE ?=
+bench-replay: install ## what replay costs beside its gradients, and how fast its variants are (about 20 minutes, best on a quiet machine)
+	$(BIN)/python -m benchmarks.replay $(if $(TABLE),> $(TABLE))
 
 reliability: install ## every promise of a run, as often as promised, in one table (some hours on two cores)
 	LOSSLEDGER_RELIABILITY=full LOSSLEDGER_EXAMPLES=10000 LOSSLEDGER_RELIABILITY_TABLE=$(TABLE) $(BIN)/python -m pytest \

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import replaycost, replayreport, replayruns
-from benchmarks.replaycost import Cost, Variant
+from benchmarks import replaycost, replayreport, replayruns, replaystacked, replayworkers
+from benchmarks.replaycost import Variant
+from benchmarks.replayreport import Result
+from benchmarks.replaystacked import Stacked
 from benchmarks.report import machine
 from recorder import commandline
 from recorder.errors import UsageError
@@ -89,11 +93,28 @@ CASES = {
     ),
 }  # fmt: skip
 
+STACKED, WORKERS = "stacked", "workers"
+
+TITLES = {
+    **{name: case.title for name, case in CASES.items()},
+    STACKED: "several gradients at once with torch.func, against one by one",
+    WORKERS: "two worker processes of one thread each, against one",
+}
+
+POINTS = (2, 3, 8, 16)
+"""Gradients at once: of a step's rule, and of several steps."""
+
+STACKED_TURNS = 16
+
+WORKERS_STEPS, WORKERS_TURNS = 400, 2
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="Measure what replay costs beside its gradients.")
-    parser.add_argument("--case", choices=[*CASES, "all"], default="all", help="see benchmarks/README.md")
-    parser.add_argument("--chunk", type=int, metavar="N", help="steps of a turn (default: of the case)")
+    parser.add_argument("--case", choices=[*TITLES, "all"], default="all", help="see benchmarks/README.md")
+    parser.add_argument(
+        "--chunk", type=int, metavar="N", help="steps of a turn, with workers all (default: of the case)"
+    )
     parser.add_argument("--turns", type=int, metavar="N", help="turns of each variant (default: of the case)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's, of both loops (default 1)")
     parser.add_argument("--seed", type=int, default=1, help="decides the order of the turns")
@@ -102,11 +123,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(case: Case, options: argparse.Namespace, scratch: Path) -> list[Cost] | None:
+def _measure(name: str, options: argparse.Namespace, scratch: Path) -> Result:
+    torch.set_num_threads(options.threads)
+    if name == STACKED:
+        return _stacked(options)
+    if name == WORKERS:
+        return _workers(options, scratch)
+    case = CASES[name]
     if case.device == "cuda" and not torch.cuda.is_available():
         return None
     chunk, turns = options.chunk or case.chunk, options.turns or case.turns
-    torch.set_num_threads(options.threads)
     run = scratch / "run"
     replayruns.record(
         run, case.factory, steps=chunk * turns + 1, examples=case.examples, lr=case.lr, adam=case.adam,
@@ -115,6 +141,28 @@ def _measure(case: Case, options: argparse.Namespace, scratch: Path) -> list[Cos
     return replaycost.measure(
         run, case.variants, chunk=chunk, turns=turns, threads=options.threads, device=case.device, seed=options.seed
     )
+
+
+def _stacked(options: argparse.Namespace) -> list[Stacked]:
+    order = random.Random(options.seed)  # noqa: S311 (no secret)
+    return [
+        replaystacked.measure(
+            name, CASES[name].factory(), examples=CASES[name].examples, points=points,
+            turns=options.turns or STACKED_TURNS, order=order,
+        )
+        for name in ("digits", "small")
+        for points in POINTS
+    ]  # fmt: skip
+
+
+def _workers(options: argparse.Namespace, scratch: Path) -> Result:
+    steps, run = options.chunk or WORKERS_STEPS, scratch / "run"
+    if steps < 4 * replayworkers.CHUNK:
+        message = f"--case {WORKERS} takes at least {4 * replayworkers.CHUNK} steps, not {steps}"
+        raise UsageError(message)
+    # Small enough for each core's own cache: what two workers share is the memory, and it is not what is measured.
+    replayruns.record(run, replayruns.small, steps=steps, examples=32, lr=5e-4, adam=True, device="cpu")
+    return replayworkers.measure(run, steps=steps, turns=options.turns or WORKERS_TURNS, seed=options.seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,17 +187,18 @@ def _run(options: argparse.Namespace) -> int:
         if value is not None and value < 1:
             message = f"--{name} is at least 1, not {value}"
             raise UsageError(message)
-    results: dict[str, list[Cost] | None] = {}
-    for name in CASES if options.case == "all" else [options.case]:
-        commandline.say(f"measuring {name}: {CASES[name].title}")
+    results: dict[str, Result] = {}
+    for name in TITLES if options.case == "all" else [options.case]:
+        commandline.say(f"measuring {name}: {TITLES[name]}")
+        began = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            results[name] = _measure(CASES[name], options, Path(scratch))
+            results[name] = _measure(name, options, Path(scratch))
+        commandline.say(f"measured {name} in {time.perf_counter() - began:.0f} s")
     if options.json:
-        plain = {name: costs and [dataclasses.asdict(cost) for cost in costs] for name, costs in results.items()}
+        plain = {name: replayreport.plain(result) for name, result in results.items()}
         commandline.result(json.dumps({"machine": machine(), "threads": options.threads, "cases": plain}, indent=2))
     else:
-        titles = {name: case.title for name, case in CASES.items()}
-        commandline.result(replayreport.text(results, titles, options.threads))
+        commandline.result(replayreport.text(results, TITLES, options.threads))
     return commandline.DONE
 
 

@@ -122,7 +122,7 @@ class _Bare:
                 parameter.grad = None
             for micro_batch in micro_batches:
                 loss, _ = self._workload.loss(self._model, micro_batch)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
         self._wait()
 
     @torch.no_grad()
@@ -143,11 +143,11 @@ class _Spent:
     def __init__(self, opened: Replayer) -> None:
         self.seconds = dict.fromkeys(("gradients", "losses", "waiting for the reader", "sums", "writing shards"), 0.0)
         surface, reader = opened.surface, opened.reader
-        surface.evaluate = self._timed("gradients", surface.evaluate)
-        surface.loss = self._timed("losses", surface.loss)
-        reader.steps = self._streamed("waiting for the reader", reader.steps)
-        for folder in opened.folders.values():
-            folder.write = self._timed("writing shards", folder.write)
+        watched: list[tuple[object, str, str]] = [(surface, "evaluate", "gradients"), (surface, "loss", "losses")]
+        watched += [(folder, "write", "writing shards") for folder in opened.folders.values()]
+        for owner, call, name in watched:
+            setattr(owner, call, self._timed(name, getattr(owner, call)))
+        reader.steps = self._streamed("waiting for the reader", reader.steps)  # type: ignore[method-assign]
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*given: Any, **options: Any) -> Any:

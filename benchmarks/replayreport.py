@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.replaycost import Cost
+from benchmarks.replaystacked import Stacked
+from benchmarks.replayworkers import Workers
 from benchmarks.report import machine, table, verdict
 
+Result = Sequence[Cost] | Sequence[Stacked] | Workers | None
+"""What a case gave; None where it could not be measured."""
 
-def text(results: Mapping[str, Sequence[Cost] | None], titles: Mapping[str, str], threads: int) -> str:
+REACH_WORKERS = 1.8
+"""How many times as fast as one worker two should be, on two cores."""
+
+
+def plain(result: Result) -> Any:
+    """Turn what a case gave into plain JSON types.
+
+    Parameters
+    ----------
+    result
+        Of the case.
+
+    Returns
+    -------
+    list, dict or None
+        With the same names.
+    """
+    if result is None:
+        return None
+    if isinstance(result, Workers):
+        return dataclasses.asdict(result)
+    return [dataclasses.asdict(row) for row in result]
+
+
+def text(results: Mapping[str, Result], titles: Mapping[str, str], threads: int) -> str:
     """Write the page.
 
     Parameters
@@ -26,14 +56,21 @@ def text(results: Mapping[str, Sequence[Cost] | None], titles: Mapping[str, str]
         Markdown, without a last newline.
     """
     unit = "1 thread" if threads == 1 else f"{threads} threads"
-    parts = ["# What replay costs beside its gradients", f"{machine()}, {unit} of torch."]
-    for case, costs in results.items():
+    parts = [
+        "# What replay costs beside its gradients",
+        "Printed by `python -m benchmarks.replay`; how to read it: [README](../README.md).",
+        f"{machine()}, {unit} of torch.",
+    ]
+    for case, result in results.items():
         parts.append(f"## {case}: {titles[case]}")
-        if costs is None:
+        if result is None:
             parts.append("no GPU here: not measured")
-            continue
-        parts.append(_costs(costs))
-        parts += [_where(cost) for cost in costs if cost.ratio > (cost.reach or 1)]
+        elif isinstance(result, Workers):
+            parts.append(_workers(result))
+        else:
+            costs = [row for row in result if isinstance(row, Cost)]
+            parts.append(_costs(costs) if costs else _stacked([row for row in result if isinstance(row, Stacked)]))
+            parts += [_where(cost) for cost in costs if cost.ratio > (cost.reach or 1)]
     return "\n\n".join(parts)
 
 
@@ -64,3 +101,35 @@ def _costs(costs: Sequence[Cost]) -> str:
 def _where(cost: Cost) -> str:
     spent = ", ".join(f"{name} {seconds * 1e3:.4g} ms" for name, seconds in cost.spent.items())
     return f"{cost.variant}: a step of {cost.seconds / cost.steps * 1e3:.4g} ms is {spent}."
+
+
+def _stacked(results: Sequence[Stacked]) -> str:
+    rows = [
+        (
+            result.model,
+            result.points,
+            f"{result.alone * 1e3:.3g} ms",
+            f"{result.stacked * 1e3:.3g} ms",
+            f"**{result.ratio:.2f}** ({min(result.ratios):.2f} to {max(result.ratios):.2f})",
+            f"{result.difference:.0e}",
+        )
+        for result in results
+    ]
+    return table(("model", "points", "a gradient, one by one", "stacked", "ratio", "relative difference"), rows)
+
+
+def _workers(result: Workers) -> str:
+    rows = [
+        (
+            name,
+            ", ".join(f"{getattr(clock, field) * scale:.4g}" for clock in result.one),
+            ", ".join(f"{getattr(clock, field) * scale:.4g}" for clock in result.two),
+            f"**{ratio:.2f}**",
+            f"≥ {REACH_WORKERS}: {verdict(ratio >= REACH_WORKERS)}" if field == "pace" else "",
+        )
+        for name, field, scale, ratio in (
+            ("whole command, s", "whole", 1, result.whole_ratio),
+            ("a step of the steady part, ms", "pace", 1000, result.steady_ratio),
+        )
+    ]
+    return table((f"{result.steps} steps", "one worker", "two workers", "times as fast", "reach"), rows)

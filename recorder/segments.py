@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -271,9 +272,18 @@ class Segment:
         Step
             The step, with the micro-batches of this segment's process.
         """
-        prefixes = tuple(f"{kind}/{t:08d}/" for kind in ("indices", "batches", *steps.RANDOM_STATES))
-        names = [name for name in self._file.names if name.startswith(prefixes)]
+        names = self._tensors_of_steps.get(f"{t:08d}", ())
         return steps.put_together(self._rows[t], {name: self._file.tensor(name) for name in names}, self.name.rank)
+
+    @cached_property
+    def _tensors_of_steps(self) -> dict[str, list[str]]:
+        kinds = {"indices", "batches", *steps.RANDOM_STATES}
+        found: dict[str, list[str]] = {}
+        for name in self._file.names:
+            kind, _, rest = name.partition("/")
+            if kind in kinds:
+                found.setdefault(rest.partition("/")[0], []).append(name)
+        return found
 
     def stored_bytes(self) -> tuple[dict[int, int], dict[int, int]]:
         """Count the bytes that reading takes, without the file's header; nothing is read but that.

@@ -246,7 +246,7 @@ class TensorFile:
         try:
             handle: Any = safe_open(self.path, framework="numpy")
             metadata = handle.metadata() or {}
-            self._names = tuple(handle.keys())
+            self._names = dict.fromkeys(handle.keys())
             header = _header(self.path)
         except (SafetensorError, OSError) as error:
             size = self.path.stat().st_size if self.path.exists() else 0
@@ -282,7 +282,7 @@ class TensorFile:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors in the file."""
-        return self._names
+        return tuple(self._names)
 
     def sizes(self) -> dict[str, int]:
         """Count the bytes of every tensor in the file; none of them is read.

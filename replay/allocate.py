@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from replay.allocation import Allocation
+from replay.blocks import Combination
 from replay.columns import Status
 from replay.gradients import Evaluation, Theta
 from replay.quadrature import AdaptiveRule, Rule
 from replay.tolerance import Tolerance
-from replay.unitsums import Combination, dot
+from replay.unitsums import dot
 
 
 def allocate(
@@ -61,7 +62,8 @@ def allocate(
         Its tensors are made in float64 where they are looked at.
     """
     line = _Line(start, end, evaluate, first, rule.middle, along)
-    mean, total = _halved(line, rule, tolerance) if isinstance(rule, AdaptiveRule) else _once(line, rule)
+    # Where no decision needs it, the total is left to whoever sums over units anyway.
+    mean, total = _halved(line, rule, tolerance) if isinstance(rule, AdaptiveRule) else (_once(line, rule), None)
     at_start, at_end = line.ends
     loss_start, loss_end = (
         point.loss if point is not None else loss(theta) if check else math.nan
@@ -158,9 +160,8 @@ class _Line:
         return Between(self.start, self._end, node)
 
 
-def _once(line: _Line, rule: Rule) -> tuple[Combination, float]:
-    mean = line.sum(*((weight, line.at(node)) for node, weight in zip(rule.nodes, rule.weights, strict=True)))
-    return mean, dot(mean, line.delta)
+def _once(line: _Line, rule: Rule) -> Combination:
+    return line.sum(*((weight, line.at(node)) for node, weight in zip(rule.nodes, rule.weights, strict=True)))
 
 
 def _halved(line: _Line, rule: AdaptiveRule, tolerance: Tolerance) -> tuple[Combination, float]:

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from recorder.table import Parameter
+from replay.blocks import Combination
 from replay.columns import Status
 from replay.gradients import Evaluation
 from replay.tolerance import Tolerance
-from replay.unitsums import Combination, ParameterSums, dot, sum_parameters
+from replay.unitsums import ParameterSums, dot, sum_parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 from recorder.errors import FormatError
 from replay.dropout import as_recorded
 from replay.splitting import Pieces
-from replay.unitsums import Combination, dots
+from replay.unitsums import Projection
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -140,6 +140,8 @@ class LossSurface:
             parameter.requires_grad_(name in self._parameters)
         set_parameters({name: present[name] for name in fixed}, fixed)
         self._theta: Theta | None = None
+        # As they were asked for, and as they go into the model.
+        self._micro_batches: tuple[Sequence[Any], Sequence[Any]] = ((), ())
         self._pieces = Pieces(workload, torch.no_grad()(self._measure), precision.epsilon)
 
     def _stand_at(self, theta: Theta) -> None:
@@ -204,57 +206,67 @@ class LossSurface:
             Mean loss and its gradient.
         """
         self._stand_at(theta)
-        if direction is not None:
-            # Looked at once for every micro-batch.
-            direction = dict(direction)
+        micro_batches = self._converted(micro_batches)
+        along = None if direction is None else Projection(direction)
         loss_sum, counts, reached = self._pieces.fit(
-            micro_batches, lambda: self._accumulate(micro_batches, direction, states), whole=states is not None
+            micro_batches, lambda: self._accumulate(len(micro_batches), along, states), whole=states is not None
         )
         predictions = sum(counts)
-        gradient = {}
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                gradient[name] = parameter.grad.div_(predictions)
-                parameter.grad = None
-        along = None
+        gradient = self._gradients()
+        if gradient:
+            # One call, for a net of many small parameters.
+            torch._foreach_div_(list(gradient.values()), predictions)
+        self._forget_gradients()
+        spread = None
         if direction is not None:
             totals = torch.stack(reached)
             parts = torch.diff(totals, dim=0, prepend=torch.zeros_like(totals[:1])).T
-            along = dict(zip(direction, parts, strict=True))
+            spread = dict(zip(direction, parts, strict=True))
         return Evaluation(
             loss=loss_sum / predictions,
             gradient=gradient,
             counts=tuple(counts),
-            along=along,
+            along=spread,
             pieces=self._pieces.most,
         )
 
+    def _converted(self, micro_batches: Sequence[Any]) -> Sequence[Any]:
+        # The same ones are asked for at every point of a step, and on a fixed loss data at every step.
+        asked, ready = self._micro_batches
+        if micro_batches is not asked:
+            ready = [self.precision.converted(micro_batch) for micro_batch in micro_batches]
+            self._micro_batches = (micro_batches, ready)
+        return ready
+
     def _accumulate(
-        self, micro_batches: Sequence[Any], direction: Theta | None, states: RandomStates | None
+        self, micro_batches: int, along: Projection | None, states: RandomStates | None
     ) -> tuple[float, list[float], list[torch.Tensor]]:
         # From the start: a pass that ran out of memory leaves gradients of some parameters behind.
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        loss_sum, counts, reached = 0.0, [], []
+        self._forget_gradients()
+        losses, counts, reached = [], [], []
         with self._mode(states) as draw:
-            for position in range(len(micro_batches)):
+            for position in range(micro_batches):
                 draw(position)
                 of_micro_batch = 0.0
                 for piece in self._pieces.each(position):
                     with self.precision.forward(self.device):
-                        loss, count = self._workload.loss(self._model, self.precision.converted(piece))
+                        loss, count = self._workload.loss(self._model, piece)
                     loss.backward()  # type: ignore[no-untyped-call]
-                    loss_sum += float(loss.detach())
+                    losses.append(loss.detach())
                     of_micro_batch += float(count)
                 counts.append(of_micro_batch)
-                if direction is not None:
-                    reached.append(self._along(direction))
-        return loss_sum, counts, reached
+                if along is not None:
+                    # Gradients add up over the micro-batches; so do their products with the direction.
+                    reached.append(along.dots(self._gradients()))
+        # Looked at when all passes are under way: a GPU would stand still at each of them otherwise.
+        return sum(map(float, losses)), counts, reached
 
-    def _along(self, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        # Gradients add up over the micro-batches; so do their products with the direction.
-        gradients = {name: tensor.grad for name, tensor in self._parameters.items() if tensor.grad is not None}
-        return dots(Combination([(1.0, gradients)], like=self._parameters), direction)
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.grad for name, tensor in self._parameters.items() if tensor.grad is not None}
 
     def loss(
         self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], *, states: RandomStates | None = None
@@ -272,17 +284,18 @@ class LossSurface:
             In nats.
         """
         self._stand_at(theta)
+        micro_batches = self._converted(micro_batches)
         # Where no gradient is wanted torch may choose another attention kernel, which draws another dropout.
         with torch.set_grad_enabled(states is not None):
             loss_sum, predictions = self._pieces.fit(
-                micro_batches, lambda: self._total(micro_batches, states), whole=states is not None
+                micro_batches, lambda: self._total(len(micro_batches), states), whole=states is not None
             )
         return loss_sum / predictions
 
-    def _total(self, micro_batches: Sequence[Any], states: RandomStates | None) -> tuple[float, float]:
+    def _total(self, micro_batches: int, states: RandomStates | None) -> tuple[float, float]:
         loss_sum, predictions = 0.0, 0.0
         with self._mode(states) as draw:
-            for position in range(len(micro_batches)):
+            for position in range(micro_batches):
                 draw(position)
                 for piece in self._pieces.each(position):
                     loss, count = self._measure(piece)
@@ -292,7 +305,7 @@ class LossSurface:
 
     def _measure(self, micro_batch: Any) -> tuple[float, float]:
         with self.precision.forward(self.device):
-            loss, count = self._workload.loss(self._model, self.precision.converted(micro_batch))
+            loss, count = self._workload.loss(self._model, micro_batch)
         return float(loss.detach()), float(count)
 
     def _mode(self, states: RandomStates | None) -> AbstractContextManager[Callable[[int], None]]:

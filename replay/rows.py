@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from recorder.table import Parameter
 from replay.allocation import Allocation
 from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard
 from replay.tolerance import Tolerance
+from replay.unitsums import total_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -59,6 +61,9 @@ class Rows:
         """
         row = self._filled
         self._filled += 1
+        summed = allocation.sums(self._trained)
+        if allocation.total is None:
+            allocation = dataclasses.replace(allocation, total=total_of(summed))
         residual, predictions = allocation.residual, step.predictions
         entries: dict[str, float] = {
             "step": step.step,
@@ -75,7 +80,7 @@ class Rows:
         }
         for key, value in entries.items():
             self._per_step[key][row] = value
-        for name, sums in allocation.sums(self._trained).items():
+        for name, sums in summed.items():
             for quantity in PER_UNIT:
                 self._per_unit[quantity][name][row] = getattr(sums, quantity)
             for quantity in PER_PARAMETER:

@@ -1,8 +1,8 @@
 """Sums of LCA over the units of every parameter, in one pass over memory.
 
-The two parameter sets of a step and the gradients on the way are read once, in blocks small enough to stay in a
-processor's cache; nothing of the parameters' size is written. On a model of tens of millions of parameters the sums
-would wait for the memory otherwise, not for arithmetic.
+The two parameter sets of a step and the gradients on the way are read once, in blocks that stay in a processor's
+cache; nothing of the parameters' size is written. On a model of tens of millions of parameters the sums would wait for
+the memory otherwise, not for arithmetic.
 """
 
 from __future__ import annotations
@@ -15,165 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recorder.table import Parameter
+from replay.blocks import Combination, Cut, bundles, combination, units_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-BLOCK = 1 << 17
-"""Entries in a block on a CPU: a megabyte in float64."""
-
-Place = tuple[slice, slice]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Cut:
-    """A tensor looked at as an array of shape (before, units, after), and cut into blocks of whole rows.
-
-    Parameters
-    ----------
-    shape
-        Entries before the unit axis, units, entries after it.
-    rows
-        Length of a block along the axis that is cut: the units where nothing stands before them, else the first.
-    """
-
-    shape: tuple[int, int, int]
-    rows: int
-
-    @classmethod
-    def of(cls, shape: Sequence[int], unit_axis: int, device: torch.device) -> Cut:
-        """Cut tensors of one shape.
-
-        Parameters
-        ----------
-        shape
-            Of the tensor.
-        unit_axis
-            The axis whose slices are summed.
-        device
-            A GPU takes a tensor whole: starting its work costs more than its memory does.
-
-        Returns
-        -------
-        Cut
-            The same for every step, so that the order of all sums is too.
-        """
-        before, units, after = math.prod(shape[:unit_axis]), 1, math.prod(shape[unit_axis + 1 :])
-        if shape:
-            units = shape[unit_axis]
-        if device.type != "cpu":
-            return cls((before, units, after), max(before, units, 1))
-        row = after if before == 1 else units * after
-        return cls((before, units, after), max(1, BLOCK // max(row, 1)))
-
-    def places(self) -> Iterator[Place]:
-        """Yield where each block lies.
-
-        Yields
-        ------
-        (slice, slice)
-            Along the first two axes of `shape`.
-        """
-        before, units, _ = self.shape
-        for first in range(0, units if before == 1 else before, self.rows):
-            part = slice(first, first + self.rows)
-            yield (slice(None), part) if before == 1 else (part, slice(None))
-
-
-class Combination(Mapping[str, torch.Tensor]):
-    """A weighted sum of sets of tensors, in float64, made only where it is looked at.
-
-    The mean gradient along a step is one, and so is the update: the end minus the start.
-
-    Parameters
-    ----------
-    terms
-        Weights, and name to tensor or another combination: a name that is missing stands for zeros.
-    like
-        A tensor of the right shape for every name.
-    """
-
-    def __init__(
-        self, terms: Sequence[tuple[float, Mapping[str, torch.Tensor]]], like: Mapping[str, torch.Tensor]
-    ) -> None:
-        self._terms = tuple(_plain(terms))
-        self.like: Mapping[str, torch.Tensor] = like.like if isinstance(like, Combination) else like
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        whole = Cut((1, 1, self.like[name].numel()), 1)
-        return self.block(name, whole, (slice(None), slice(None))).view(self.like[name].shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.like)
-
-    def __len__(self) -> int:
-        return len(self.like)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.like
-
-    @property
-    def terms(self) -> tuple[tuple[float, Mapping[str, torch.Tensor]], ...]:
-        """Weights and sets of tensors, none of them a combination."""
-        return self._terms
-
-    def block(self, name: str, cut: Cut, place: Place) -> torch.Tensor:
-        """Make one block of the sum.
-
-        Parameters
-        ----------
-        name
-            Of the tensor.
-        cut
-            How it is looked at.
-        place
-            One of the cut's places.
-
-        Returns
-        -------
-        torch.Tensor
-            float64, in memory of its own.
-        """
-        total: torch.Tensor | None = None
-        for weight, tensors in self._terms:
-            if name not in tensors:
-                continue
-            part = tensors[name].reshape(cut.shape)[place]
-            if total is None:
-                total = part.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-                if weight != 1:
-                    total.mul_(weight)
-            else:
-                total.add_(part, alpha=weight)
-        if total is None:
-            total = torch.zeros_like(self.like[name].reshape(cut.shape)[place], dtype=torch.float64)
-        return total
-
-
-def _plain(
-    terms: Iterable[tuple[float, Mapping[str, torch.Tensor]]],
-) -> Iterator[tuple[float, Mapping[str, torch.Tensor]]]:
-    for weight, tensors in terms:
-        if isinstance(tensors, Combination):
-            yield from ((weight * inner, of_inner) for inner, of_inner in tensors.terms)
-        else:
-            yield weight, tensors
-
-
-def combination(tensors: Mapping[str, torch.Tensor]) -> Combination:
-    """Take a set of tensors as a combination.
-
-    Parameters
-    ----------
-    tensors
-        Name to tensor, or a combination already.
-
-    Returns
-    -------
-    Combination
-        Of these tensors.
-    """
-    return tensors if isinstance(tensors, Combination) else Combination([(1.0, tensors)], tensors)
 
 
 def dots(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -189,16 +34,71 @@ def dots(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) ->
     torch.Tensor
         float64 of shape (names,), on the tensors' device, in the order of `left`.
     """
-    left, right = combination(left), combination(right)
-    sums = []
-    for name, like in left.like.items():
-        cut = Cut.of((like.numel(),), 0, like.device)
-        products = [
-            torch.dot(left.block(name, cut, place).view(-1), right.block(name, cut, place).view(-1))
-            for place in cut.places()
-        ]
-        sums.append(products[0] if len(products) == 1 else _sum_of(products, like.device))
+    right = combination(right)
+    return _dots(combination(left), right, _cut(right))
+
+
+class Projection:
+    """Products of one set of tensors with others, one after another.
+
+    Parameters
+    ----------
+    direction
+        Name to tensor: made at once, for it is looked at again and again.
+    """
+
+    def __init__(self, direction: Mapping[str, torch.Tensor]) -> None:
+        direction = combination(direction)
+        self._parts = [(names, parts or (direction[names[0]],)) for names, parts in _cut(direction)]
+        made = {name: part for names, parts in self._parts for name, part in zip(names, parts, strict=True)}
+        self._like = direction.like
+        self._direction = Combination([(1.0, made)], self._like)
+
+    def dots(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Multiply entry by entry, and sum over the entries of each tensor.
+
+        Parameters
+        ----------
+        tensors
+            Name to tensor: a name that is missing stands for zeros.
+
+        Returns
+        -------
+        torch.Tensor
+            As from `dots`, in the order of the direction.
+        """
+        return _dots(Combination([(1.0, tensors)], self._like), self._direction, self._parts)
+
+
+_Part = tuple[list[str], tuple[torch.Tensor, ...]]
+"""Names of tensors that share a block, and each of them as a vector; none of one that comes alone."""
+
+
+def _cut(tensors: Combination) -> Iterator[_Part]:
+    for names in bundles(tensors.like):
+        sizes = [tensors.like[name].numel() for name in names]
+        yield names, torch.split(tensors.joined(names), sizes) if len(names) > 1 else ()
+
+
+def _dots(left: Combination, right: Combination, parts: Iterable[_Part]) -> torch.Tensor:
+    sums: list[torch.Tensor] = []
+    for names, of_right in parts:
+        if len(names) == 1:
+            sums.append(_dot_of_one(names[0], left, right))
+            continue
+        of_left = torch.split(left.joined(names), [len(part) for part in of_right])
+        sums.extend(map(torch.dot, of_left, of_right))
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+def _dot_of_one(name: str, left: Combination, right: Combination) -> torch.Tensor:
+    like = left.like[name]
+    cut = Cut.of((like.numel(),), 0, like.device)
+    products = [
+        torch.dot(left.block(name, cut, place).view(-1), right.block(name, cut, place).view(-1))
+        for place in cut.places()
+    ]
+    return products[0] if len(products) == 1 else _sum_of(products, like.device)
 
 
 def _sum_of(products: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -218,7 +118,10 @@ def dot(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> 
     float
         Without rounding between tensors. Not finite where an entry is not.
     """
-    sums: list[float] = dots(left, right).tolist()
+    return _unrounded(dots(left, right).tolist())
+
+
+def _unrounded(sums: Sequence[float]) -> float:
     # fsum raises where infinities of both signs meet; a diverged step has them.
     return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
 
@@ -268,25 +171,67 @@ def sum_parameters(
         By parameter name, in host memory.
     """
     slopes, steps = combination(gradient), combination(delta)
-    packed = [_packed_sums(parameter, slopes, steps) for parameter in parameters]
+    rows = {parameter.name: parameter for parameter in parameters}
+    sums: list[torch.Tensor] = []
+    for names in bundles({name: slopes.like[name] for name in rows}):
+        together = [rows[name] for name in names]
+        sums += _sums_of_one(together[0], slopes, steps) if len(names) == 1 else _sums_of(together, slopes, steps)
     # One transfer for all parameters, where they are on a GPU.
-    flat = torch.cat(packed).cpu().numpy() if packed else None
+    flat = torch.cat([part.view(-1) for part in sums]).cpu().numpy() if sums else None
     found, used = {}, 0
-    for parameter, sums in zip(parameters, packed, strict=True):
+    for parameter in parameters:
         assert flat is not None
-        found[parameter.name] = _unpacked(flat[used : used + len(sums)])
-        used += len(sums)
+        length = 4 * parameter.units + 2
+        found[parameter.name] = _unpacked(flat[used : used + length])
+        used += length
     return found
 
 
-def _packed_sums(parameter: Parameter, slopes: Combination, steps: Combination) -> torch.Tensor:
-    # Four sums for every unit, then the squares of both norms. Counts in float64 are exact, and summed several times
-    # faster than booleans are.
+def total_of(sums: Mapping[str, ParameterSums]) -> float:
+    """Sum the LCA of all parameters.
+
+    Parameters
+    ----------
+    sums
+        As `sum_parameters` gives them.
+
+    Returns
+    -------
+    float
+        In nats, as `dot` gives it.
+    """
+    return _unrounded([float(of_parameter.sum.sum()) for of_parameter in sums.values()])
+
+
+# For every parameter four sums of each of its units, then the squares of both norms. Counts in float64 are exact, and
+# summed several times faster than booleans are.
+
+
+def _sums_of(parameters: Sequence[Parameter], slopes: Combination, steps: Combination) -> list[torch.Tensor]:
+    names, sizes = [row.name for row in parameters], [row.size for row in parameters]
+    slope, step = slopes.joined(names), steps.joined(names)
+    quantities = torch.empty((4, len(slope)), dtype=torch.float64, device=slope.device)
+    lca = torch.mul(slope, step, out=quantities[0])
+    torch.clamp_min(lca, 0, out=quantities[1])
+    torch.gt(lca, 0, out=quantities[2])
+    torch.eq(lca, 0, out=quantities[3])
+    sums: list[torch.Tensor] = []
+    parts = zip(
+        parameters, torch.split(quantities, sizes, 1), torch.split(slope, sizes), torch.split(step, sizes), strict=True
+    )
+    for parameter, part, of_slope, of_step in parts:
+        before, units, after = units_of(parameter.shape, parameter.unit_axis)
+        sums.append(part.view(4, before, units, after).sum(dim=(1, 3)))
+        sums += [torch.dot(of_slope, of_slope), torch.dot(of_step, of_step)]
+    return sums
+
+
+def _sums_of_one(parameter: Parameter, slopes: Combination, steps: Combination) -> list[torch.Tensor]:
     name = parameter.name
     like = slopes.like[name]
     cut = Cut.of(parameter.shape, parameter.unit_axis, like.device)
-    packed = torch.zeros(4 * parameter.units + 2, dtype=torch.float64, device=like.device)
-    totals, squares = packed[:-2].view(4, parameter.units), packed[-2:]
+    totals = torch.zeros((4, parameter.units), dtype=torch.float64, device=like.device)
+    squares = torch.zeros(2, dtype=torch.float64, device=like.device)
     for place in cut.places():
         slope, step = slopes.block(name, cut, place), steps.block(name, cut, place)
         squares[0] += torch.dot(slope.view(-1), slope.view(-1))
@@ -297,7 +242,7 @@ def _packed_sums(parameter: Parameter, slopes: Combination, steps: Combination) 
         of_block[1] += torch.clamp_min(lca, 0, out=scratch).sum(dim=(0, 2))
         of_block[2] += torch.gt(lca, 0, out=scratch).sum(dim=(0, 2))
         of_block[3] += torch.eq(lca, 0, out=scratch).sum(dim=(0, 2))
-    return packed
+    return [totals, squares]
 
 
 def _unpacked(packed: npt.NDArray[Any]) -> ParameterSums:

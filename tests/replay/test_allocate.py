@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from recorder.table import Parameter
-from replay import unitsums
+from replay import blocks
 from replay.allocate import allocate
 from replay.allocation import Allocation
 from replay.columns import Status
@@ -346,7 +346,7 @@ def test_units_are_summed_as_a_plain_loop_sums_them(shape: tuple[int, ...], bloc
             counts[unit] += 1
     lca = torch.tensor(entries.astype(np.float64))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(unitsums, "BLOCK", block)
+        patched.setattr(blocks, "BLOCK", block)
         found = sum_parameters([parameter], {"p": lca}, {"p": torch.ones_like(lca)})["p"]
     assert found.sum.tolist() == sums
     assert found.positive_sum.tolist() == positive_sums

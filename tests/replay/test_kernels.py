@@ -67,6 +67,8 @@ def test_torchs_own_layers_lose_the_same_with_and_without_gradient(precision: st
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_on_the_fast_path_they_would_not() -> None:
+    # As torch has it; a replay elsewhere in this process may have switched it off.
+    torch.backends.mha.set_fastpath_enabled(True)
     with_gradient, alone = _losses("float32")
     assert abs(alone - with_gradient) > 1e-3 * with_gradient
 
