@@ -64,3 +64,9 @@ KILLED_REPLAYS = _count(1, 100)
 
 BAD_CHUNKS = _count(2, 10)
 """Kinds of bad chunk; the full number is more than there are."""
+
+REPLAY_SIZES = ("small", "middle", "large") if FULL else ("small",)
+"""Models whose replay is watched for its memory."""
+
+REPLAY_STEPS = _count(12, 24)
+"""Steps of the shorter of two runs that must take the same memory."""
