@@ -34,6 +34,7 @@ from distributed.utils import silence_logging_cmgr
 
 from recorder import commandline
 from recorder.errors import UsageError
+from replay import heap
 from replay.job import Job, Receipt, Task
 from replay.lossdata import parse
 from replay.outcomes import Failure, Outcome, StalledError, reason_and_trace
@@ -389,7 +390,7 @@ def _environments(job: Job, count: int, where: Where) -> list[dict[str, str]]:
     quiet = {"DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "critical"}
     gpus = where.gpus if job.device == "cuda" and len(where.gpus) > 1 else ()
     return [
-        {**threads, **quiet, **({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})}
+        {**heap.ENVIRONMENT, **threads, **quiet, **({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})}
         for number in range(count)
     ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +22,11 @@ from replay.allocate import Allocation, Tolerance, allocate, by_weight
 from replay.entries import EntryFolder
 from replay.examples import Grouped
 from replay.gradients import Evaluation, LossSurface, Theta
+from replay.heap import share_one_heap
 from replay.job import Job, Receipt, Task
 from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
-from replay.reading import ReadAhead
+from replay.reading import ReadAhead, RecordedStep
 from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
 from replay.settings import Settings, digest_of_table
@@ -42,6 +43,7 @@ class Replayer:
     """
 
     def __init__(self, job: Job) -> None:
+        share_one_heap()
         torch.set_num_threads(job.threads)
         # Ten bits of mantissa would drown the residual of a step.
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -180,14 +182,13 @@ class Replayer:
         kept = {name: self.entries[name].collect(task.start, task.stop) for name in task.loss_data}
         known: dict[str, Evaluation | None] = {}
         for step in self._reader.steps(task.start, task.stop):
-            if self._held:
-                self.surface.hold(step.buffers)
-            ends = _Ends(step.start, step.end)
-            for name in task.loss_data:
-                allocation = self._allocate(step.record, name, ends, known)
+            for name, allocation in self._ledgers(step, task.loss_data, known):
                 rows[name].add(step.record, allocation)
                 kept[name].add(step.record.step, allocation)
+                # It holds θ at both ends and every gradient, and would do so while the next one's are computed.
+                del allocation
             self.on_step(step.record.step)
+            del step
         attempts = self.run.attempts_within(task.start, task.stop)
         files = tuple(
             str(self.folders[name].write(task.start, task.stop, rows[name].shard(), attempts))
@@ -215,6 +216,15 @@ class Replayer:
         return {
             name: self.precision.converted(tensor.to(self._device)) for name, tensor in self.run.parameters(t).items()
         }
+
+    def _ledgers(
+        self, step: RecordedStep, names: Sequence[str], known: dict[str, Evaluation | None]
+    ) -> Iterator[tuple[str, Allocation]]:
+        if self._held:
+            self.surface.hold(step.buffers)
+        ends = _Ends(step.start, step.end)
+        for name in names:
+            yield name, self._allocate(step.record, name, ends, known)
 
     def _allocate(self, step: Step, name: str, ends: _Ends, known: dict[str, Evaluation | None]) -> Allocation:
         data = self.loss_data[name]
