@@ -235,7 +235,7 @@ def test_a_dry_run_writes_no_shard_and_foretells_evaluations_and_bytes(
     assert not tasks
     assert not list(run.rglob("shards/*/*.safetensors"))
     assert re.search(
-        r"dry run: each worker holds about 0\.0[4-9] GB, beside Python's libraries and what a forward and backward "
+        r"dry run: each worker holds about 0\.0[3-9] GB, beside Python's libraries and what a forward and backward "
         "pass over one micro-batch takes",
         dry.err,
     )
