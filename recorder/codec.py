@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -134,8 +135,12 @@ class StepCoder:
         # No field is stored in more bytes than its bits fill; one of 4 bits may fill half a byte more.
         largest_headers = _BLOCK_HEADER.size + self._bits // 4 * (_FIELD_HEADER.size + 1)
         blocks = -(-size // BLOCK_SIZE)
-        largest = _HEADER.size + blocks * largest_headers + size * self._dtype.itemsize
-        self._coded: memoryview = np.empty(largest, np.uint8).data
+        self._largest = _HEADER.size + blocks * largest_headers + size * self._dtype.itemsize
+
+    @cached_property
+    def _coded(self) -> memoryview:
+        # Not before the first step is coded: whoever reads a run decodes only, and has no memory to spare for it.
+        return np.empty(self._largest, np.uint8).data
 
     def encode(self, current: Bits, previous: Bits, before_previous: Bits | None = None) -> memoryview:
         """Code a step.

@@ -187,6 +187,7 @@ def _halved(line: _Line, rule: AdaptiveRule, tolerance: Tolerance) -> tuple[Comb
             for ends in (at_start.gradient, at_end.gradient):
                 _add(borders, ends)
             _add(middles, middle)
+            del middle, mean
         pieces *= 2
         _add(borders, middles, 2)
         for entries in middles.values():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT
-from replay.memory import bytes_of_worker
+from replay.memory import Held, bytes_of_worker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,8 +99,24 @@ def bytes_in_memory(opened: Replayer, task: Task) -> int:
     int
         Bytes, beside those of Python and its libraries and of one pass over a micro-batch.
     """
-    trained, data = opened.run.manifest.trained, [opened.loss_data[name] for name in task.loss_data]
-    return bytes_of_worker(trained, opened.rule, opened.precision, data, bytes_written(opened, task))
+    return bytes_of_worker(opened.run.manifest.trained, opened.rule, opened.precision, _held(opened, task))
+
+
+def _held(opened: Replayer, task: Task) -> Held:
+    groups = {part for name in task.loss_data if (parts := opened.evaluated(name)) != [name] for part in parts}
+    others = [opened.loss_data[name] for name in task.loss_data if opened.evaluated(name) == [name]]
+    others = [data for data in others if data.name not in groups]
+    # Where buffers change from step to step, no gradient serves two of them.
+    serves = opened.rule.ends_at_end and not opened.run.manifest.buffers
+    fixed = sum(data.fixed for data in others) if serves else 0
+    return Held(
+        together=len(groups) + bool(others),
+        # That of the one at work is among the gradients that the rule looks at.
+        kept=fixed - (0 < fixed == len(others)),
+        sampled=any(data.sampled for data in others),
+        summed=len(task.loss_data) if opened.job.windows else 0,
+        rows=bytes_written(opened, task),
+    )
 
 
 def bytes_written(opened: Replayer, task: Task) -> int:

@@ -79,13 +79,14 @@ def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, 
     """
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if parameter.shape != values[name].shape:
+            value = values[name]
+            if parameter.shape != value.shape:
                 message = (
-                    f"parameter {name!r} has shape {tuple(values[name].shape)} in the run, but "
+                    f"parameter {name!r} has shape {tuple(value.shape)} in the run, but "
                     f"{tuple(parameter.shape)} in the model that the workload builds"
                 )
                 raise FormatError(message)
-            parameter.copy_(values[name])
+            parameter.copy_(value)
 
 
 class LossSurface:

@@ -25,6 +25,7 @@ from replay.allocation import Allocation, by_weight
 from replay.entries import EntryFolder
 from replay.examples import Grouped
 from replay.gradients import Evaluation, LossSurface, Theta
+from replay.heap import share_one_heap
 from replay.job import Job, Receipt, Task
 from replay.precision import fitting, precision_named
 from replay.quadrature import rule_named
@@ -47,6 +48,7 @@ class Replayer:
 
     def __init__(self, job: Job) -> None:
         began = time.monotonic()
+        share_one_heap()
         torch.set_num_threads(job.threads)
         kernels.rule_out_inexact()
         self.job = job
@@ -223,7 +225,10 @@ class Replayer:
             for name, allocation in self.allocations(step, task.loss_data, known):
                 rows[name].add(step.record, allocation)
                 kept[name].add(step.record.step, allocation)
+                # It holds θ at both ends and every gradient, and would do so while the next one's are computed.
+                del allocation
             self.on_step(step.record.step)
+            del step
         attempts = self.run.attempts_within(task.start, task.stop)
         files = tuple(
             str(self.folders[name].write(task.start, task.stop, rows[name].shard(), attempts))

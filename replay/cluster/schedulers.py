@@ -15,6 +15,7 @@ from distributed import Client, LocalCluster
 from distributed.utils import silence_logging_cmgr
 
 from recorder import commandline
+from replay import heap
 from replay.cluster.worker import CREDENTIALS
 from replay.job import Job
 from replay.outcomes import StalledError
@@ -206,6 +207,6 @@ def environments(job: Job, count: int, where: Where) -> list[dict[str, str]]:
     quiet = {"DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "critical"}
     gpus = where.gpus if job.device == "cuda" and len(where.gpus) > 1 else ()
     return [
-        {**threads, **quiet, **({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})}
+        {**heap.ENVIRONMENT, **threads, **quiet, **({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})}
         for number in range(count)
     ]

@@ -64,3 +64,15 @@ KILLED_REPLAYS = _count(1, 100)
 
 BAD_CHUNKS = _count(2, 10)
 """Kinds of bad chunk; the full number is more than there are."""
+
+REPLAY_SIZES = ("small", "middle", "large", "tiny") if FULL else ("small",)
+"""Models whose replay is watched for its memory."""
+
+REPLAY_LOSS_DATA = ("batch", "probe:4") if FULL else ("batch",)
+"""On which loss data."""
+
+LONG_REPLAY_SIZE = "small" if FULL else "tiny"
+"""Model of the longer replay."""
+
+REPLAY_STEPS = _count(8, 24)
+"""Steps of a replay; ten times as many must take the same memory."""

@@ -29,6 +29,7 @@ PROMISES = {
     "F2": "a damaged segment costs its own steps, and is named",
     "F3": "a run may be copied, packed, moved; a file that stays behind is missed",
     "F5": "runs of earlier versions stay readable",
+    "P7": "replay takes the memory that was foretold, however long the run",
 }
 _ENOUGH = 10
 """Broken cases after which no more are tried."""
