@@ -1,8 +1,8 @@
 """One heap for all threads of a worker.
 
 glibc gives every thread a heap of its own, and there what one thread has freed serves no other: θ is read in one thread
-and let go of in another, and each heap keeps gaps for the largest it ever held. With one heap the memory of a replay
-stays where it is after the first chunks, and computing takes no longer. Other C libraries are left as they are.
+and let go of in another, and each heap keeps gaps for the largest it ever held. One heap takes less memory and no more
+time. Other C libraries are left as they are.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Beside what Python and its libraries take before a run is opened, the resident memory of a worker reaches
 
-    P · (c + 3·r + [r ≠ c]·3·c + 2·r + g·(n·c + 16·[refined]) + f·c + 8·[sampled] + 8·w)  +  S  +  A  +  30 MB
+    P · (c + 3·r + [r ≠ c]·3·c + 2·r + g·(n·c + 16·[refined]) + c/2 + f·c + 8·[sampled] + 8·w)  +  S  +  A  +  25 MB
 
 where P is the number of trained entries, r and c the bytes of an entry as it is recorded and computed, n the gradients
 that the rule looks at together, g the loss data whose gradients are kept together (1, or the groups of a file and 1
@@ -10,13 +10,13 @@ more if others are there too), f the fixed loss data whose gradient at the end o
 at work, w the loss data of which single entries are kept, S the rows of a shard, and A what a forward and backward pass
 over one micro-batch takes. In the order of the terms: the model; θ at both ends of the step and the one read ahead,
 converted once more where the dtypes differ; a coded step being read, once mapped from its file and once copied; the
-gradients, and two sums in float64 of a step that the adaptive rule refines; the gradients kept; the update in float64
-while the spread of a sample is taken; entries being added up; and 30 MB of libraries' code and buffers that come with
-the first step, the coder's among them.
+gradients, and two sums in float64 of a step that the adaptive rule refines; gaps of the heap; the gradients kept; the
+update in float64 while the spread of a sample is taken; entries being added up; and 25 MB of libraries' code and
+buffers that come with the first step, the coder's among them.
 
 Nothing of it grows with the number of steps. Measured peaks (`VmHWM` of Linux, models of 5 to 150 MB trained with Adam)
-are within a fifth of it, on both sides: a coded step is smaller than θ, and the heap has gaps. A is the training's own,
-so the dry run leaves it out and says so. A rule that refines is foretold as if it refined.
+are within a fifth of it, on both sides: a coded step is smaller than θ, and gaps come and go by chance. A is the
+training's own, so the dry run leaves it out and says so. A rule that refines is foretold as if it refined.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from replay.quadrature import Rule
 
 
-BUFFERS = 30_000_000
+BUFFERS = 25_000_000
 """Bytes of libraries' code and buffers that come with the first step."""
 
 
@@ -90,4 +90,4 @@ def bytes_of_worker(trained: Sequence[Parameter], rule: Rule | AdaptiveRule, pre
     refined = 16 * entries if isinstance(rule, AdaptiveRule) else 0
     gradients = held.together * (rule.least_evaluations * computed + refined) + held.kept * computed
     sums = (8 * held.sampled + 8 * held.summed) * entries
-    return computed + states + 2 * recorded + gradients + sums + held.rows + BUFFERS
+    return computed + states + 2 * recorded + gradients + computed // 2 + sums + held.rows + BUFFERS
