@@ -73,7 +73,7 @@ def _of_language_model(examples: int, reach: float | None) -> tuple[Variant, ...
 CASES = {
     "large": Case(
         title="a causal language model of 12 layers, width 512, 42 million parameters, 1,000 tokens an update",
-        factory=replayruns.large, examples=8, lr=5e-4, adam=True, chunk=4, turns=2,
+        factory=replayruns.large, examples=8, lr=5e-4, adam=True, chunk=8, turns=2,
         variants=_of_language_model(8, REACH),
     ),
     "small": Case(
@@ -138,9 +138,7 @@ def _measure(name: str, options: argparse.Namespace, scratch: Path) -> Result:
         run, case.factory, steps=chunk * turns + 1, examples=case.examples, lr=case.lr, adam=case.adam,
         device=case.device,
     )  # fmt: skip
-    return replaycost.measure(
-        run, case.variants, chunk=chunk, turns=turns, threads=options.threads, device=case.device, seed=options.seed
-    )
+    return replaycost.measure(run, case.variants, chunk=chunk, turns=turns, threads=options.threads, device=case.device)
 
 
 def _stacked(options: argparse.Namespace) -> list[Stacked]:

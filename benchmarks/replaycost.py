@@ -1,15 +1,15 @@
-"""Replay against a bare loop that does only the same forward and backward passes, in turns in one process.
+"""Replay against a bare loop that does only the same forward and backward passes, step by step in one process.
 
-A turn is a chunk of steps: the engine's own `Replayer.replay`, from the run's segments to shards on the disk; and
-beside it one forward and backward pass, and one forward pass alone, over each of the same micro-batches in memory. The
-ratio of a turn is replay's seconds to those that its evaluations and losses would take in the bare loop next to it, so
-that what else slows the machine slows both.
+A turn is a chunk of steps: the engine's own `Replayer.replay`, from the run's segments to shards on the disk. After
+each step, with replay's clock stopped, the bare loop does one forward and backward pass, and one forward pass alone,
+over the same micro-batches in memory. The ratio of a turn is replay's seconds to those that its evaluations and losses
+take in the bare loop, so that what else slows the machine slows both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -98,14 +98,15 @@ class Cost:
 
 @dataclasses.dataclass(slots=True)
 class _Clock:
-    wall: float
-    cpu: float
+    wall: float = 0.0
+    cpu: float = 0.0
 
-    @classmethod
-    def of(cls, work: Callable[[], None]) -> _Clock:
-        began = time.perf_counter(), time.process_time()
-        work()
-        return cls(time.perf_counter() - began[0], time.process_time() - began[1])
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
 
 
 class _Bare:
@@ -118,21 +119,26 @@ class _Bare:
 
     def gradients(self, batches: list[list[Any]]) -> None:
         for micro_batches in batches:
-            for parameter in self._model.parameters():
-                parameter.grad = None
+            self.forget()
             for micro_batch in micro_batches:
                 loss, _ = self._workload.loss(self._model, micro_batch)
                 loss.backward()  # type: ignore[no-untyped-call]
-        self._wait()
+        self.wait()
 
     @torch.no_grad()
     def losses(self, batches: list[list[Any]]) -> None:
         for micro_batches in batches:
             for micro_batch in micro_batches:
                 self._workload.loss(self._model, micro_batch)
-        self._wait()
+        self.wait()
 
-    def _wait(self) -> None:
+    def forget(self) -> None:
+        """Let go of the gradients."""
+        for parameter in self._model.parameters():
+            parameter.grad = None
+
+    def wait(self) -> None:
+        """Wait until what is under way on a GPU is done."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -180,26 +186,38 @@ class _Arm:
         self.ratios: list[tuple[float, float]] = []
         self.entries: list[Mapping[str, Any]] = []
 
-    def turn(self, start: int, stop: int, order: random.Random) -> None:
-        """Replay a chunk, and the bare loop before or after it."""
-        batches = self._batches(start, stop)
-        found: dict[str, _Clock] = {}
-        for engine in order.sample((True, False), 2):
-            if engine:
-                found["replay"] = _Clock.of(lambda: self._replay(start, stop))
-            else:
-                found["gradients"] = _Clock.of(lambda: self._bare.gradients(batches))
-                found["losses"] = _Clock.of(lambda: self._bare.losses(batches))
+    def turn(self, start: int, stop: int) -> None:
+        """Replay a chunk, and after each step the bare loop on its micro-batches, with replay's clock stopped."""
+        gradients, losses, stopped = _Clock(), _Clock(), _Clock()
+
+        def beside(t: int) -> None:
+            self._bare.wait()
+            with stopped.running():
+                batches = self._batches(t, t + 1)
+                with gradients.running():
+                    self._bare.gradients(batches)
+                if self._missing_ends:
+                    with losses.running():
+                        self._bare.losses(batches)
+                self._bare.forget()
+
+        whole = _Clock()
+        self._opened.on_step = beside
+        with whole.running():
+            self._replay(start, stop)
+        self._opened.on_step = lambda t: None
         entries = self._opened.folders[self._name].read_per_step(start, stop)
         steps = stop - start
-        evaluations, losses = float(entries["evaluations"].sum()), self._losses(entries)
-        bare = [
-            evaluations * getattr(found["gradients"], kind) / steps + losses * getattr(found["losses"], kind) / steps
-            for kind in ("wall", "cpu")
-        ]
-        self.clocks.append(found["replay"])
+        evaluations, forward = float(entries["evaluations"].sum()) / steps, self._losses(entries) / steps
+        replay = _Clock(whole.wall - stopped.wall, whole.cpu - stopped.cpu)
+        self.clocks.append(replay)
         self.entries.append(entries)
-        self.ratios.append((found["replay"].wall / bare[0], found["replay"].cpu / bare[1]))
+        self.ratios.append(
+            (
+                replay.wall / (evaluations * gradients.wall + forward * losses.wall),
+                replay.cpu / (evaluations * gradients.cpu + forward * losses.cpu),
+            )
+        )
 
     def warm_up(self, step: int) -> None:
         """Allocate memory and load what is loaded at first use, untimed."""
@@ -216,11 +234,13 @@ class _Arm:
         data = self._opened.loss_data[self._name]
         return [list(data.micro_batches(self._opened.run.step(t))) for t in range(start, stop)]
 
+    @property
+    def _missing_ends(self) -> int:
+        # Of a step: where the rule has no node, and a forward pass gives the loss.
+        return (not self._opened.rule.starts_at_start) + (not self._opened.rule.ends_at_end)
+
     def _losses(self, entries: Mapping[str, Any]) -> int:
-        # Forward passes for the ends of a step where the rule has no node.
-        rule = self._opened.rule
-        missing = (not rule.starts_at_start) + (not rule.ends_at_end)
-        return missing * int((entries["status"] != Status.NOT_CHECKED).sum())
+        return self._missing_ends * int((entries["status"] != Status.NOT_CHECKED).sum())
 
     def cost(self, peak: int) -> Cost:
         column = {name: np.concatenate([entry[name] for entry in self.entries]) for name in self.entries[0]}
@@ -250,7 +270,7 @@ class _Arm:
 
 
 def measure(
-    run: Path, variants: tuple[Variant, ...], *, chunk: int, turns: int, threads: int, device: str, seed: int
+    run: Path, variants: tuple[Variant, ...], *, chunk: int, turns: int, threads: int, device: str
 ) -> list[Cost]:
     """Measure the variants of one case.
 
@@ -268,15 +288,12 @@ def measure(
         Of torch, for replay and for the bare loop.
     device
         ``cpu`` or ``cuda``.
-    seed
-        Decides the order.
 
     Returns
     -------
     list of Cost
         In the order of the variants.
     """
-    order = random.Random(seed)  # noqa: S311 (no secret)
     run_id = Run(run).manifest.run_id
     bare: _Bare | None = None
     costs = []
@@ -293,6 +310,6 @@ def measure(
         arm = _Arm(engine, variant, bare)
         arm.warm_up(chunk * turns)
         for turn in range(turns):
-            arm.turn(turn * chunk, (turn + 1) * chunk, order)
+            arm.turn(turn * chunk, (turn + 1) * chunk)
         costs.append(arm.cost(peak_bytes() - before))
     return costs
