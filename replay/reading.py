@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +47,33 @@ class _Read:
     record: Step | None
     buffers: Tensors
 
+    def step(self, start: Tensors, end: Tensors) -> RecordedStep:
+        assert self.record is not None
+        return RecordedStep(record=self.record, start=start, end=end, buffers=self.buffers)
+
+
+class _Awaited(Mapping[str, torch.Tensor]):
+    """Parameters that may still be on their way; whoever looks at them waits."""
+
+    def __init__(self, read: Future[_Read], on_device: Callable[[Tensors], Tensors]) -> None:
+        self._read, self._on_device = read, on_device
+        self._tensors: Tensors | None = None
+
+    def _there(self) -> Tensors:
+        if self._tensors is None:
+            self._tensors = self._on_device(self._read.result().theta)
+            del self._read  # and with it the copy in host memory
+        return self._tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._there()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._there())
+
+    def __len__(self) -> int:
+        return len(self._there())
+
 
 class ReadAhead:
     """A run as a stream of steps.
@@ -81,33 +109,38 @@ class ReadAhead:
         start, stop
             The range of steps; all of them recorded.
 
-        Yields
-        ------
-        RecordedStep
+        Returns
+        -------
+        iterator of RecordedStep
             In order. What goes wrong with reading a step is raised in its place.
         """
-        states = self._ahead(start, stop) if self.ahead else self._in_turn(start, stop)
-        here = next(states)
+        return self._ahead(start, stop) if self.ahead else self._in_turn(start, stop)
+
+    def _in_turn(self, start: int, stop: int) -> Iterator[RecordedStep]:
+        here = self._read(start, is_step=True)
         theta = self._on_device(here.theta)
-        for following in states:
+        for t in range(start + 1, stop + 1):
+            following = self._read(t, is_step=t < stop)
             end = self._on_device(following.theta)
-            assert here.record is not None
-            yield RecordedStep(record=here.record, start=theta, end=end, buffers=here.buffers)
+            yield here.step(theta, end)
             here, theta = following, end
 
-    def _in_turn(self, start: int, stop: int) -> Iterator[_Read]:
-        return (self._read(t, t < stop) for t in range(start, stop + 1))
-
-    def _ahead(self, start: int, stop: int) -> Iterator[_Read]:
+    def _ahead(self, start: int, stop: int) -> Iterator[RecordedStep]:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lossledger-reader") as reader:
-            following = reader.submit(self._read, start, True)
-            for t in range(start + 1, stop + 1):
-                read = following.result()
-                following = reader.submit(self._read, t, t < stop)
-                yield read
-            yield following.result()
+            coming = deque(reader.submit(self._read, t, is_step=t < stop) for t in (start, start + 1))
+            here = coming.popleft().result()
+            theta: Tensors = self._on_device(here.theta)
+            for t in range(start + 2, stop + 2):
+                if t <= stop:
+                    coming.append(reader.submit(self._read, t, is_step=t < stop))
+                following = coming.popleft()
+                # The first gradient needs the start alone: it is computed while the end is being read.
+                end = _Awaited(following, self._on_device)
+                yield here.step(theta, end)
+                here, theta = following.result(), end
+                del following
 
-    def _read(self, t: int, is_step: bool) -> _Read:
+    def _read(self, t: int, *, is_step: bool) -> _Read:
         theta = {name: self._precision.converted(tensor) for name, tensor in self._run.parameters(t).items()}
         if self._device.type == "cuda":
             # From pinned memory the copy goes on beside the computing.
