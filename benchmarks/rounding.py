@@ -19,8 +19,9 @@ import torch
 from benchmarks.replayruns import LanguageModelling
 from benchmarks.report import machine, table
 from recorder import commandline
-from replay.allocate import Between, allocate
+from replay.allocate import allocate
 from replay.allocation import Allocation
+from replay.between import Between
 from replay.gradients import LossSurface, Theta
 from replay.precision import PRECISIONS
 from replay.quadrature import RULES

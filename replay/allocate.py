@@ -9,11 +9,12 @@ section 2.3. Nothing here knows of models or files: a step is two parameter sets
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from replay.allocation import Allocation
+from replay.between import Between
 from replay.blocks import Combination
 from replay.columns import Status
 from replay.gradients import Evaluation, Theta
@@ -82,32 +83,6 @@ def allocate(
         spread=line.spread,
         pieces=line.pieces,
     )
-
-
-class Between(Mapping[str, torch.Tensor]):
-    """A parameter set on the line between two, made where it is looked at.
-
-    Parameters
-    ----------
-    start, end
-        The two.
-    node
-        How far between them, from 0 to 1.
-    """
-
-    def __init__(self, start: Theta, end: Theta, node: float) -> None:
-        self._start, self._end, self._node = start, end, node
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        # The update is exact in its own dtype where it is small, so that this is off by hardly more than the last
-        # rounding, in a third of the memory that float64 would take.
-        return torch.lerp(self._start[name], self._end[name], self._node)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._start)
-
-    def __len__(self) -> int:
-        return len(self._start)
 
 
 class _Line:

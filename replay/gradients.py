@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recorder.errors import FormatError
+from replay.between import Between
 from replay.dropout import as_recorded
 from replay.splitting import Pieces
 from replay.unitsums import Projection
@@ -79,14 +80,17 @@ def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, 
     """
     with torch.no_grad():
         for name, parameter in parameters.items():
-            value = values[name]
-            if parameter.shape != value.shape:
+            shape = values.shape(name) if isinstance(values, Between) else values[name].shape
+            if parameter.shape != shape:
                 message = (
-                    f"parameter {name!r} has shape {tuple(value.shape)} in the run, but "
+                    f"parameter {name!r} has shape {tuple(shape)} in the run, but "
                     f"{tuple(parameter.shape)} in the model that the workload builds"
                 )
                 raise FormatError(message)
-            parameter.copy_(value)
+            if isinstance(values, Between) and parameter.is_contiguous():
+                values.write(name, parameter.detach())
+            else:
+                parameter.copy_(values[name])
 
 
 class LossSurface:
