@@ -73,7 +73,7 @@ def _of_language_model(examples: int, reach: float | None) -> tuple[Variant, ...
 CASES = {
     "large": Case(
         title="a causal language model of 12 layers, width 512, 42 million parameters, 1,000 tokens an update",
-        factory=replayruns.large, examples=8, lr=5e-4, adam=True, chunk=8, turns=2,
+        factory=replayruns.large, examples=8, lr=5e-4, adam=True, chunk=4, turns=2,
         variants=_of_language_model(8, REACH),
     ),
     "small": Case(
