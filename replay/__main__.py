@@ -74,14 +74,15 @@ def _replay(options: argparse.Namespace) -> int:
         opened = replayer(job)
         # An earlier replay of this process may have opened the run when it held less.
         opened.take_up(run)
-        if _sit(options, opened, chosen):
+        why_anew = _sit(options, opened, chosen)
+        if not why_anew:
             break
-        commandline.say(f"{run.path}: the training has gone on to train further parameters; the run is opened anew")
+        commandline.say(f"{run.path}: {why_anew}; the run is opened anew")
     return commandline.DONE if options.dry_run else conclude(opened, as_json=options.json)
 
 
-def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> bool:
-    # Everything from one opening of the run; False if it must be opened anew.
+def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> str:
+    # Everything from one opening of the run; in words, why it must be opened anew.
     run, job = opened.run, opened.job
     outdated = dryrun.stale(opened) if options.dry_run else {}
     if not options.dry_run:
@@ -117,7 +118,7 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> bool:
     commandline.say(f"self-check: {'; '.join([report.text, *check_recipe(opened, work_on)])}")
     if options.dry_run:
         dryrun.tell(opened, ours, tasks, chosen, outdated=outdated, again=options.overwrite, as_json=options.json)
-        return True
+        return ""
     for of_entries in opened.entries.values():
         if options.overwrite:
             of_entries.remove_sums_of((task.start, task.stop) for task in tasks)
@@ -125,13 +126,13 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> bool:
     following = Following(opened, chosen, tasks) if options.follow else None
     if tasks or following:
         _work(options, opened, tasks, chosen, following)
-    if following is not None and following.table_changed:
-        return False
+    if following is not None and following.why_anew:
+        return following.why_anew
     if options.follow:
         commandline.say(f"{run.path}: the recording has ended ({opened.run.manifest.state})")
     if options.prune is not None:
         _prune(opened, options.prune)
-    return True
+    return ""
 
 
 def _work(

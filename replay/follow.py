@@ -43,16 +43,16 @@ class Following:
     Attributes
     ----------
     ended : bool
-        Whether no more tasks will come: the recording has ended, or `table_changed`.
-    table_changed : bool
-        Whether the training has gone on to train further parameters, so that the run must be opened anew.
+        Whether no more tasks will come: the recording has ended, or the table has changed.
+    why_anew : str
+        Why the run must be opened anew to be done with; empty if it need not.
     """
 
     def __init__(self, opened: Replayer, where: Where, tasks: list[Task]) -> None:
         self._opened, self._where, self._tasks = opened, where, tasks
         self._given = set(tasks)
         self.ended = opened.run.manifest.state != "recording"
-        self.table_changed = False
+        self.why_anew = ""
         self._looked = self._grown = time.monotonic()
 
     def due(self) -> list[Task]:
@@ -75,14 +75,17 @@ class Following:
         run = Run(before.path)
         refuse_unrecorded_changes(run)
         if digest_of_table(run.manifest.parameters) != self._opened.job.table:
-            self.ended = self.table_changed = True
+            self.ended, self.why_anew = True, "the training has gone on to train further parameters"
             return []
         self.ended = run.manifest.state != "recording"
         if run.segments == before.segments and not self.ended:
             return []
         self._grown = now
         self._opened.take_up(run)
-        remove_stale(self._opened)
+        if _attempts(run) != _attempts(before):
+            # Every shard is looked at: only when there may be stale ones. What is in the making now may become one.
+            remove_stale(self._opened)
+            self.why_anew = "the training was restarted"
         job, folders, entries = self._opened.job, self._opened.folders, self._opened.entries
         ours = self._where.ours(plan(job, folders, run, again=True))
         to_do = plan(job, folders, run, entries=entries, whole=not self.ended)
@@ -100,6 +103,10 @@ class Following:
             One of the tasks.
         """
         self._given.discard(task)
+
+
+def _attempts(run: Run) -> set[int]:
+    return {number for number, _, _ in run.attempts}
 
 
 def wait_for_first_step(path: Path) -> None:

@@ -143,6 +143,34 @@ def test_a_training_that_was_killed_ends_the_following_with_what_it_left(
     assert ShardFolder.open(folder).finished() == [(0, 4), (4, 6)]
 
 
+def test_a_training_that_was_restarted_meanwhile_is_followed_on(
+    tmp_path: Path, replay: Command, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_thread():
+        _train(tmp_path / "whole", stop=9)
+    growing = Growing(tmp_path / "whole", tmp_path / "run")
+    growing.grow()
+    growing.grow()
+    rests = 0
+
+    def restart(_seconds: float) -> None:
+        # Killed after six steps; restarted from a checkpoint of step 4 before anybody looked.
+        nonlocal rests
+        rests += 1
+        if rests == 2:
+            growing.die()
+            _train(growing.run, start=4, stop=10)
+
+    monkeypatch.setattr(follow, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("time.sleep", restart)
+    asked = ("--chunk", "3", "--rule", "simpson", "--rtol", "1")
+    assert replay(growing.run, *asked, "--follow") == 0
+    assert "the training was restarted; the run is opened anew" in capsys.readouterr().err
+    (folder,) = [ShardFolder.open(entry) for entry in (growing.run / "shards").iterdir() if entry.is_dir()]
+    assert folder.finished() == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert folder.attempts(3, 6) == [(1, 3, 4), (2, 4, 6)]
+
+
 def test_keep_leaves_steps_for_a_restart(whole: Path, tmp_path: Path, replay: Command) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     assert replay(run, "--chunk", str(CHUNK), "--rtol", "1", "--prune", "8") == 0
@@ -214,18 +242,22 @@ def test_entries_of_windows_to_come_are_complete_at_the_end_and_not_before(
             np.testing.assert_array_equal(one.array(name), two.array(name))
 
 
-def _train_and_unfreeze(run: Path, *, at: int) -> None:
-    """A training whose first layer receives its first gradient at a step."""
+def _train(run: Path, *, start: int = 0, stop: int = STEPS, unfreeze: int = 0) -> None:
+    """A training whose first layer receives its first gradient at a step; restarted if it does not start at 0."""
     task = cases.workload()
     torch.manual_seed(1)
     model = task.model()
     layer = model.get_submodule("decoder.layers.0")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    watch = recorder.watch(model, optimizer, run=run, workload="tests.cases:workload", segment_steps=SEGMENT)
-    layer.requires_grad_(False)
+    if start:
+        model.load_state_dict(Run(run).parameters(start), strict=False)
+    watch = recorder.watch(
+        model, optimizer, run=run, workload="tests.cases:workload", segment_steps=SEGMENT, first_step=start
+    )
+    layer.requires_grad_(start >= unfreeze)
     with watch as rec:
-        for step in range(STEPS):
-            if step == at:
+        for step in range(start, stop):
+            if step == unfreeze:
                 layer.requires_grad_(True)
             batch = task.batch(range(step, step + 8), split="train", epoch=1)
             rec.batch(range(step, step + 8), batch)
@@ -241,7 +273,7 @@ def test_a_parameter_that_joins_late_is_followed_and_costs_no_pruned_step_its_sh
 ) -> None:
     at = 9
     with one_thread():
-        _train_and_unfreeze(tmp_path / "whole", at=at)
+        _train(tmp_path / "whole", unfreeze=at)
     asked = ("--chunk", str(CHUNK), "--rule", "simpson", "--rtol", "1")
     afterwards = Path(shutil.copytree(tmp_path / "whole", tmp_path / "afterwards"))
     assert replay(afterwards, *asked) == 0
