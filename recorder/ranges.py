@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def joined_ranges(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -30,6 +30,29 @@ def joined_ranges(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, stop))
     return joined
+
+
+def overlap(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> bool:
+    """Tell whether any half-open range has a step of another one.
+
+    Parameters
+    ----------
+    ranges
+        Start and stop of each range.
+    start, stop
+        The other one.
+
+    Returns
+    -------
+    bool
+        False where it is empty.
+
+    Examples
+    --------
+    >>> overlap([(0, 16), (20, 24)], 15, 20), overlap([(0, 16), (20, 24)], 16, 20), overlap([(0, 16)], 8, 8)
+    (True, False, False)
+    """
+    return any(max(first, start) < min(last, stop) for first, last in ranges)
 
 
 def describe_ranges(ranges: Sequence[tuple[int, int]]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from recorder import commandline
 from recorder.errors import UsageError
-from recorder.ranges import describe_ranges
+from recorder.ranges import describe_ranges, overlap
 from replay.shards import PER_PARAMETER, PER_UNIT, Shard, ShardFolder, folders
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def adopt_pruned(opened: Replayer) -> None:
         for other in _of_smaller_tables(opened, folder):
             there = {t for start, stop in folder.finished() for t in range(start, stop)}
             for start, stop in other.finished():
-                pruned = any(first < stop and start < last for first, last in run.pruned)
+                pruned = overlap(run.pruned, start, stop)
                 same = other.attempts(start, stop) == run.attempts_within(start, stop)
                 if pruned and same and not there.intersection(range(start, stop)):
                     joined = [row for row in folder.trained if row not in other.trained]

@@ -90,7 +90,7 @@ def tell(
     outdated: Stale,
     again: bool,
     as_json: bool,
-) -> int:
+) -> None:
     """Say what a replay is going to take.
 
     Parameters
@@ -109,11 +109,6 @@ def tell(
         Whether what is done is computed again.
     as_json
         One JSON object on standard output, for lines on standard error.
-
-    Returns
-    -------
-    int
-        The exit code.
     """
     workers = None if where.existing else min(where.workers, max(len(tasks), 1))
     to_read = list(readings(opened.run, tasks, afresh=workers != 1))
@@ -147,7 +142,6 @@ def tell(
     else:
         for line in _timed(expected, opened):
             commandline.say(line)
-    return commandline.DONE
 
 
 def _tried(opened: Replayer, tasks: Sequence[Task], to_read: Sequence[Reading], workers: int | None) -> Forecast | None:

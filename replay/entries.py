@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from recorder import tensorfile
 from recorder.errors import FormatError, UsageError
-from recorder.ranges import describe_ranges, joined_ranges
+from recorder.ranges import describe_ranges, joined_ranges, overlap
 from replay.chunks import Range, chunks, pieces
 from replay.collector import Collector
 
@@ -243,7 +243,7 @@ class EntryFolder:
         UsageError
             If steps were pruned before their entries were kept.
         """
-        lost = sorted(chunk for chunk in self.missing() if any(a < chunk[1] and chunk[0] < b for a, b in pruned))
+        lost = sorted(chunk for chunk in self.missing() if overlap(pruned, *chunk))
         if lost:
             message = (
                 f"--per-parameter: of {describe_ranges(lost)} the entries on {self._folder.settings.loss_data} were "

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from recorder.pruned import prune
 from recorder.runformat import Run
-from recorder.segments import SEGMENTS_FOLDER
 from replay.chunks import chunks
 from replay.selfcheck import MOST_STEPS
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from replay.work import Replayer
 
 
-def prune_finished(opened: Replayer, keep: int) -> int:
+def prune_finished(opened: Replayer, keep: int) -> None:
     """Delete the segments that are needed no longer.
 
     Parameters
@@ -29,21 +28,11 @@ def prune_finished(opened: Replayer, keep: int) -> int:
         The run, and the folders of what was computed from it.
     keep
         So many steps before the last recorded one are kept in any case.
-
-    Returns
-    -------
-    int
-        Bytes that this gave back.
     """
     run = Run(opened.run.path)
     names = _not_needed(run, opened, keep)
-    freed = 0
-    for name in names:
-        file = run.path / SEGMENTS_FOLDER / name.file
-        freed += file.stat().st_size if file.exists() else 0
     if names:
         prune(run.path, names)
-    return freed
 
 
 def _not_needed(run: Run, opened: Replayer, keep: int) -> list[SegmentName]:

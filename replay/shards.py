@@ -293,7 +293,9 @@ class ShardFolder:
         list of (int, int, int)
             Number of the attempt, start and stop, in order.
         """
-        return [(number, first, last) for number, first, last in self._open_shard(start, stop).facts["attempts"]]
+        return [
+            (number, first, last) for number, first, last in self._open_shard(start, stop).facts.get("attempts", ())
+        ]
 
     def write(self, start: int, stop: int, shard: Shard, attempts: Attempts = ()) -> Path:
         """Write the shard of steps `start` to `stop` - 1, durably and all at once.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from recorder import commandline
+from recorder.ranges import overlap
 from replay import entries
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def remove_stale(opened: Replayer) -> None:
     for folder in opened.folders.values():
         for start, stop in folder.stale(run.attempts_within):
             end = _same_until(opened, folder, start, stop)
-            if any(first < end and start < last for first, last in run.pruned):
+            if overlap(run.pruned, start, end):
                 folder.cut(start, stop, end, run.attempts_within(start, end))
                 cut += 1
             else:
