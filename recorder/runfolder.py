@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder import durable, runformat, tensorfile
+from recorder import durable, recordedonce, tensorfile
 from recorder.errors import JoinError, UsageError
 from recorder.lock import LOCK_FILE, RunLock
 from recorder.manifest import MANIFEST_FILE, Attempt, Manifest, Trainer
@@ -171,13 +171,13 @@ class RunFolder:
         run_id = self._before.manifest.run_id if self._before else uuid.uuid4().hex
         state = watched.optimizer_state()
         if replaces_all and state:
-            runformat.write_optimizer_state(self.path, run_id, state, attempt.number)
+            recordedonce.write_optimizer_state(self.path, run_id, state, attempt.number)
         optimizer, recipe = watched.optimizer_facts(), current_recipe(watched.device)
         if autocast is not None:
             recipe = {**recipe, "autocast": autocast}
         if self._before is None:
-            once = runformat.once("untrained", run_id)
-            tensorfile.write(self.path / runformat.UNTRAINED_FILE, watched.copies(trained=False), once)
+            facts = recordedonce.once("untrained", run_id)
+            tensorfile.write(self.path / recordedonce.UNTRAINED_FILE, watched.copies(trained=False), facts)
             self.manifest = Manifest(
                 run_id=run_id,
                 path="recorded",
@@ -314,7 +314,7 @@ def refuse_what_is_no_run(path: Path) -> None:
         message = f"{path} is a file; a run is a folder. Give another name"
         raise UsageError(message)
     # Nothing is removed before the folder is locked: it may be what another recorder is just writing.
-    once = {runformat.UNTRAINED_FILE, runformat.optimizer_file(1)}
+    once = {recordedonce.UNTRAINED_FILE, recordedonce.optimizer_file(1)}
     ours = {LOCK_FILE, BALLAST_FILE, SEGMENTS_FOLDER, TRAINER_FOLDER, *once}
     foreign = sorted(
         entry.name

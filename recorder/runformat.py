@@ -5,95 +5,29 @@
     RUN/optimizer.safetensors                          optimizer state at the first step, unless it had none
     RUN/segments/001-00000000-00000064.safetensors     recorder.segments
 
-Described for readers in any language in docs/formats/run.md. This module, `recorder.manifest`, `recorder.segments` and
-`recorder.steps` alone write, read and validate a run.
+Described for readers in any language in docs/formats/run.md. This module, `recorder.manifest`, `recorder.segments`,
+`recorder.recordedonce` and `recorder.steps` alone write, read and validate a run.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from recorder import tensorfile
 from recorder.errors import DamagedFileError, UsageError
-from recorder.manifest import FORMAT, VERSION, Attempt, Manifest
+from recorder.manifest import Manifest
 from recorder.pruned import pruned_segments
 from recorder.ranges import describe_ranges, joined_ranges
+from recorder.recordedonce import UNTRAINED_FILE, open_once, optimizer_file
 from recorder.segments import Segment, SegmentName, list_segments, segment_file
 from recorder.selection import StepSelection
 from recorder.steps import Step
-
-UNTRAINED_FILE = "untrained.safetensors"
-
-
-def optimizer_file(attempt: int) -> str:
-    """Name the file of the optimizer's state at the first step of an attempt.
-
-    Parameters
-    ----------
-    attempt
-        Its number.
-
-    Returns
-    -------
-    str
-        The file's name in the run's folder.
-    """
-    return "optimizer.safetensors" if attempt == 1 else f"optimizer-{attempt:03d}.safetensors"
-
-
-def once(kind: str, run_id: str) -> dict[str, Any]:
-    """Make the facts of a file of what is recorded once.
-
-    Parameters
-    ----------
-    kind
-        ``untrained`` or ``optimizer``.
-    run_id
-        The run it belongs to.
-
-    Returns
-    -------
-    dict
-        For its header.
-    """
-    return {"format": FORMAT, "version": VERSION, "kind": kind, "run_id": run_id}
-
-
-def open_once(path: Path, kind: str, run_id: str) -> tensorfile.TensorFile:
-    """Open a file of what is recorded once.
-
-    Parameters
-    ----------
-    path
-        The file.
-    kind
-        ``untrained`` or ``optimizer``.
-    run_id
-        The run it must belong to.
-
-    Returns
-    -------
-    TensorFile
-        The file.
-
-    Raises
-    ------
-    DamagedFileError
-        If it is of another kind, format, version or run.
-    """
-    file = tensorfile.TensorFile(path)
-    expected = once(kind, run_id)
-    found = {key: file.facts.get(key) for key in expected}
-    if found != expected:
-        message = f"{path}: expected {expected}, found {found}: another file under this name"
-        raise DamagedFileError(message)
-    return file
+from recorder.timeline import Part, timeline
 
 
 class Run:
@@ -410,73 +344,3 @@ def _look(path: Path) -> tuple[Manifest, list[SegmentName]]:
         if after == manifest:
             return manifest, files
         manifest = after
-
-
-class Part(NamedTuple):
-    """Steps of a run that stand in one segment.
-
-    Parameters
-    ----------
-    start, stop
-        The range of steps.
-    segment
-        The segment with their parameters.
-    """
-
-    start: int
-    stop: int
-    segment: SegmentName
-
-
-def timeline(files: Sequence[SegmentName], attempts: Sequence[Attempt]) -> list[Part]:
-    """Order the segments of all attempts: where an attempt began, it replaces what earlier ones recorded from there on.
-
-    Parameters
-    ----------
-    files
-        All segments.
-    attempts
-        The attempts to follow, in order.
-
-    Returns
-    -------
-    list of Part
-        By step. Only steps of which every process left its segment.
-    """
-    parts: list[Part] = []
-    for attempt in attempts:
-        own = [name for name in files if name.attempt == attempt.number]
-        recorded = [Part(name.start, name.stop, name) for name in own if name.rank == 0]
-        for rank in range(1, attempt.processes):
-            recorded = _within(recorded, joined_ranges([(name.start, name.stop) for name in own if name.rank == rank]))
-        if recorded:
-            parts = [*_within(parts, [(0, attempt.first_step)]), *recorded]
-    return parts
-
-
-def _within(parts: Sequence[Part], ranges: Sequence[tuple[int, int]]) -> list[Part]:
-    cut = [Part(max(part.start, start), min(part.stop, stop), part.segment) for part in parts for start, stop in ranges]
-    return [part for part in cut if part.start < part.stop]
-
-
-def write_optimizer_state(run: Path, run_id: str, state: Mapping[int, Mapping[str, Any]], attempt: int) -> None:
-    """Write an optimizer's state, tensors and plain numbers.
-
-    Parameters
-    ----------
-    run, run_id
-        The run's folder, and its identity.
-    state
-        As ``optimizer.state_dict()["state"]``.
-    attempt
-        The attempt that begins with it.
-    """
-    tensors = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, entries in state.items():
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}/{key}"] = value.detach().cpu()
-            else:
-                scalars.setdefault(str(index), {})[key] = value
-    tensorfile.write(run / optimizer_file(attempt), tensors, {**once("optimizer", run_id), "scalars": scalars})

@@ -13,10 +13,12 @@ from recorder.errors import LossledgerError
 from recorder.manifest import MANIFEST_FILE, Manifest
 from recorder.pruned import pruned_segments
 from recorder.ranges import describe_ranges, joined_ranges
+from recorder.recordedonce import UNTRAINED_FILE, open_once, optimizer_file
 from recorder.runfolder import TRAINER_FOLDER
-from recorder.runformat import UNTRAINED_FILE, Run, open_once, optimizer_file, timeline
+from recorder.runformat import Run
 from recorder.segments import SEGMENTS_FOLDER, Segment, SegmentName, list_segments
 from recorder.selection import StepSelection
+from recorder.timeline import timeline
 
 DAMAGED_FOLDER = "damaged"
 

@@ -16,8 +16,9 @@ import recorder
 from recorder.__main__ import main
 from recorder.errors import JoinError, UsageError
 from recorder.manifest import Attempt, Manifest, Trainer
-from recorder.runformat import Part, Run, timeline
+from recorder.runformat import Run
 from recorder.segments import SegmentName, list_segments, segment_file
+from recorder.timeline import Part, timeline
 
 # The small models below have names that no naming rule knows.
 pytestmark = pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning")

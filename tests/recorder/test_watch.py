@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import recorder
-from recorder import durable, growing, runformat, segments, tensorfile
+from recorder import durable, growing, recordedonce, segments, tensorfile
 from recorder.errors import UsageError
 from recorder.lock import LOCK_FILE
 from recorder.manifest import MANIFEST_FILE, Manifest
@@ -550,7 +550,7 @@ def test_a_fresh_optimizer_has_no_state_file(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     assert run.manifest.optimizer.fresh
     assert run.optimizer_state() is None
-    assert not (run.path / runformat.optimizer_file(1)).exists()
+    assert not (run.path / recordedonce.optimizer_file(1)).exists()
 
 
 # --- When something goes wrong --------------------------------------------------------------------------------------
