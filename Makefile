@@ -9,7 +9,7 @@ TABLE ?=
 OUT ?= demo-out$(if $(TEXT),/$(notdir $(TEXT:/=)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test reliability bench-recorder bench-replay check format constraints clean
+.PHONY: help install demo test test-external reliability bench-recorder bench-replay check format constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "fairseq needs a C++ compiler: install g++ or clang" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fairseq,demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fairseq,hf,lightning,demo,dev]'
 	PIP_CONSTRAINT=$(abspath constraints.txt) PIP_BUILD_CONSTRAINT=$(abspath constraints.txt) \
 		$(BIN)/python -m pip install --quiet --no-deps fairseq==0.12.2
 	touch $@
@@ -33,6 +33,9 @@ demo: install ## from text to the paper's first figure: three trainings, replay,
 
 test: install ## the test suite, the whole way on a short run included
 	$(BIN)/python -m pytest
+
+test-external: install ## the trainers alone: fairseq, transformers, accelerate, Lightning and the examples
+	$(BIN)/python -m pytest tests/external
 
 bench-recorder: install ## what recording every step costs: time, bytes (about half an hour, best on a quiet machine)
 	$(BIN)/python -m benchmarks.recorder $(if $(TEXT),--text $(TEXT))
