@@ -182,7 +182,7 @@ def reduce_shard(folder: shards.ShardFolder, start: int, stop: int, grouping: Gr
         )
         for statistic in STATISTICS
     }
-    totals[sampling.CELLS], of_total = sampling.standard_errors(shard, grouping.cells)
+    totals[sampling.CELLS], of_total = sampling.standard_errors(shard, grouping)
     return Part(per_step={**shard.per_step, sampling.TOTAL: of_total}, totals=totals)
 
 
@@ -258,4 +258,5 @@ def _axes(plan: Plan) -> Arrays:
         "head": np.arange(plan.grouping.heads.shape[-1], dtype=np.int64),
         "n_parameters": plan.grouping.cells.entries,
         "n_not_recorded": plan.grouping.not_recorded,
+        "n_tied": plan.grouping.tied,
     }

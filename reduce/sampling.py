@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reduce.grouping import Groups
+from reduce.grouping import Grouping
 from replay.shards import Shard
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ CELLS, TOTAL = "lca_standard_error", "total_standard_error"
 """The cube's variables: of every cell, and of the sum over all cells."""
 
 
-def standard_errors(shard: Shard, cells: Groups) -> tuple[Floats, Floats]:
+def standard_errors(shard: Shard, grouping: Grouping) -> tuple[Floats, Floats]:
     """Estimate standard errors from the spread over micro-batches.
 
     The loss is a ratio of sums over micro-batches, and so is every cell's LCA: R = Σ c / Σ n, with c what a micro-batch
@@ -30,8 +30,8 @@ def standard_errors(shard: Shard, cells: Groups) -> tuple[Floats, Floats]:
     ----------
     shard
         The shard.
-    cells
-        The groups of the cube's cells: every parameter is in one of them.
+    grouping
+        The groups of the parameter table: every part of a parameter is in one cell.
 
     Returns
     -------
@@ -41,15 +41,17 @@ def standard_errors(shard: Shard, cells: Groups) -> tuple[Floats, Floats]:
     of_total : numpy.ndarray
         Array of shape (steps,), likewise.
     """
-    steps = len(shard.per_step["step"])
+    steps, cells = len(shard.per_step["step"]), grouping.cells
     missing = np.full((steps, cells.size), np.nan), np.full(steps, np.nan)
     if shard.counts is None or shard.counts.shape[1] < 2:
         return missing
     counts = shard.counts
     given = np.zeros((*counts.shape, cells.size))
-    for member in cells.members:
-        (code,) = member.codes
-        given[..., code] += shard.spread[member.parameter]
+    for name, codes in grouping.parts.items():
+        # One number of a parameter with one component, else one of every part.
+        spread = shard.spread[name].reshape(*counts.shape, len(codes))
+        for position, code in enumerate(codes):
+            given[..., code] += spread[..., position]
     of_cells = _of_ratio(given, counts)
     of_cells[:, cells.entries.reshape(-1) == 0] = np.nan
     return of_cells, _of_ratio(given.sum(axis=-1, keepdims=True), counts)[:, 0]

@@ -94,6 +94,9 @@ VARIABLES = {
     "evaluations": _field(_ENTRY, np.int64, "1", "gradient evaluations"),
     "n_parameters": _field(("layer", "component"), np.int64, "1", "entries in the cell"),
     "n_not_recorded": _field(("layer", "component"), np.int64, "1", "entries of the cell that were not recorded"),
+    "n_tied": _field(
+        ("layer", "component"), np.int64, "1", "entries of the cell that another cell has for another use"
+    ),
 }
 
 FIELDS = {**COORDINATES, **VARIABLES}

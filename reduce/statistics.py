@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from reduce.grouping import Grouping, Groups
+from reduce.grouping import NO_GROUP, Grouping, Groups
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -157,7 +157,12 @@ class Statistic:
         with np.errstate(invalid="ignore", over="ignore"):
             for member in groups.members:
                 blocks = self.chunk(units[member.parameter], len(member.codes))
-                totals[:, member.codes] = self.combine(totals[:, member.codes], blocks)
+                if member.distinct:
+                    totals[:, member.codes] = self.combine(totals[:, member.codes], blocks)
+                    continue
+                for position, code in enumerate(member.codes):
+                    if code != NO_GROUP:
+                        totals[:, code] = self.combine(totals[:, code], blocks[:, position])
         return totals
 
 

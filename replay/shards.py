@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from recorder import durable
 from recorder.errors import FormatError, UsageError
-from recorder.table import ATTENTION_COMPONENTS, COMPONENTS, MODEL_LAYER, Parameter
+from recorder.table import ATTENTION_COMPONENTS, COMPONENTS, MODEL_LAYER, Parameter, Part
 from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, Status
 from replay.settings import VERSION, Settings
 from replay.shardfile import FORMAT, open_shard, read_per_step, read_shard, write_shard
@@ -42,6 +42,7 @@ __all__ = [
     "PER_UNIT",
     "VERSION",
     "Parameter",
+    "Part",
     "Settings",
     "Shard",
     "ShardFolder",

@@ -20,7 +20,7 @@ from recorder.manifest import Attempt, Manifest, OptimizerFacts, Trainer
 from recorder.ranges import describe_ranges
 from recorder.runformat import Run
 from recorder.selection import GRAMMAR
-from recorder.table import COMPONENTS, Parameter
+from recorder.table import COMPONENTS, Parameter, Part
 from recorder.tensorfile import _DTYPE_CODES, content
 from tests.cases import train
 from tests.recorder.test_codec import decoded_by_the_page
@@ -312,7 +312,7 @@ def test_a_segment_in_the_making_is_recovered_as_the_page_says(tmp_path: Path) -
 
 def test_the_page_names_every_field_of_the_manifest_and_its_rows(run: Path) -> None:
     documented = set(re.findall(r"`([a-z_0-9]+)`", PAGE))
-    kinds = (Manifest, Trainer, OptimizerFacts, Parameter, Attempt)
+    kinds = (Manifest, Trainer, OptimizerFacts, Parameter, Part, Attempt)
     fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     facts, tensors = read_tensor_file(run / "segments" / "001-00000000-00000002.safetensors")
     fields |= set(facts) | set(facts["steps"][0]) | set(facts["steps"][0]["micro_batches"][0])

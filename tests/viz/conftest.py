@@ -117,6 +117,7 @@ def make_cube(
             "evaluations": _named(entry_dims, np.full(amounts[:2], 3), "gradient evaluations"),
             "n_parameters": _named(("layer", "component"), sizes, "entries in the cell"),
             "n_not_recorded": _named(("layer", "component"), np.zeros_like(sizes), "entries that were not recorded"),
+            "n_tied": _named(("layer", "component"), np.zeros_like(sizes), "entries that another cell has, too"),
         },
         coords={
             "data": _named(("data",), list(data), "loss data"),
