@@ -50,6 +50,7 @@ class NamingRule:
         Matched against the whole name, without the names that wrappers insert (`recorder.placing.WRAPPERS`). Its
         groups ``stack`` and ``depth`` give the layer; ``tower`` is what stands before, and tells layers of the same
         stack and depth apart in a model with several; ``attention`` names the module that knows the number of heads.
+        A group that names a module may end with a dot.
     component
         One of `recorder.table.COMPONENTS`, or `recorder.table.FUSED` with `parts`.
     unit_axis
@@ -61,11 +62,12 @@ class NamingRule:
         Where the tensor holds several components: which, in the order of its units.
     repeats
         How often the order of the parts repeats itself along the units, or where that number is to be found.
-    stack
-        The stack, where the pattern has no such group.
+    stack, depth
+        The layer's coordinates where the pattern has no such group, or that finds nothing.
     classes
         Group of the pattern to a regular expression: the rule applies only if the module that the group names is of
-        a class, or has a base class, of such a name.
+        a class, or has a base class, of such a name; plain (``Conv1D``) or with its module
+        (``torch.nn.modules.linear.Linear``).
     source
         Which rule this is, for error messages.
     optional
@@ -80,6 +82,7 @@ class NamingRule:
     parts: tuple[PartRule, ...] = ()
     repeats: int | str = 1
     stack: str | None = None
+    depth: int | None = None
     classes: Mapping[str, re.Pattern[str]] = dataclasses.field(default_factory=dict)
     source: str = "naming rule"
     optional: bool = False
@@ -109,10 +112,9 @@ class NamingRule:
                     f"its pattern has no group 'attention' to name the module with the attribute {number!r}; begin "
                     f"the path with {MODEL_PREFIX!r} if it is the model's"
                 )
-        if "depth" in groups and "stack" not in groups and self.stack is None:
-            return "its pattern has a group 'depth', but neither the pattern nor the rule names a stack"
-        if "depth" not in groups and ("stack" in groups or self.stack is not None):
-            return "it names a stack, but its pattern has no group 'depth'"
+        stack, depth = ("stack" in groups or self.stack is not None), ("depth" in groups or self.depth is not None)
+        if stack != depth or (self.depth or 0) < 0:
+            return "expected a stack and a depth of 0 or more, from the pattern or the rule, or neither"
         missing = set(self.classes) - groups
         if missing:
             return f"its pattern has no group {sorted(missing)[0]!r}, which `classes` names"
@@ -125,14 +127,17 @@ def naming_rules() -> tuple[NamingRule, ...]:
     Returns
     -------
     tuple of NamingRule
-        The rules of all files in naming/, all `optional`.
+        The rules of all files in naming/, all `optional`. Those that ask for a class come first: families share
+        names, and where they do the class decides.
     """
     files = sorted(
         (entry for entry in resources.files("recorder").joinpath("naming").iterdir() if entry.name.endswith(".toml")),
         key=lambda entry: entry.name,
     )
     rules = (rule for file in files for rule in parse_naming_rules(file.read_text(encoding="utf-8"), file.name))
-    return tuple(dataclasses.replace(rule, optional=True) for rule in rules)
+    return tuple(
+        sorted((dataclasses.replace(rule, optional=True) for rule in rules), key=lambda rule: not rule.classes)
+    )
 
 
 def parse_naming_rules(text: str, source: str) -> tuple[NamingRule, ...]:
@@ -178,15 +183,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "parts": (list,),
     "repeats": (int, str),
     "stack": (str,),
+    "depth": (int,),
     "classes": (dict,),
 }
 
 
 def _rule(row: Any, fragments: Mapping[str, str], source: str) -> NamingRule:
     try:
-        values = _checked(row, {"pattern", "component", "unit_axis", "heads", "parts", "repeats", "stack", "classes"})
+        values = _checked(row, set(_TYPES) - {"units"})
         if "parts" in values:
-            fields = {"component", "heads", "units"}
+            fields = {field.name for field in dataclasses.fields(PartRule)}
             values["parts"] = tuple(PartRule(**_checked(part, fields)) for part in values["parts"])
             values.setdefault("component", FUSED)
         values["pattern"] = re.compile(_filled_in(values.get("pattern", ""), fragments))

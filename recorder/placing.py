@@ -119,12 +119,15 @@ def _place(model: nn.Module, name: str, shape: tuple[int, ...], rules: Sequence[
 
 
 def _is_a(module: nn.Module | None, rule: NamingRule, group: str) -> bool:
-    return any(rule.classes[group].fullmatch(base.__name__) for base in type(module).__mro__)
+    pattern, bases = rule.classes[group], type(module).__mro__
+    return any(
+        pattern.fullmatch(name) for base in bases for name in (base.__name__, f"{base.__module__}.{base.__name__}")
+    )
 
 
 def _module(model: nn.Module, path: str | None) -> nn.Module | None:
     module: nn.Module | None = None if path is None else model
-    for part in (path or "").split("."):
+    for part in (path or "").rstrip(".").split("."):
         module = _unwrapped(module)
         module = getattr(module, part, None) if part else module
     return _unwrapped(module)
@@ -137,8 +140,8 @@ def _unwrapped(module: nn.Module | None) -> nn.Module | None:
 
 def _applied(rule: NamingRule, surroundings: _Surroundings, shape: tuple[int, ...]) -> Place:
     groups = surroundings.groups
-    depth = groups.get("depth")
-    stack = rule.stack or groups.get("stack")
+    depth = groups.get("depth") or rule.depth
+    stack = groups.get("stack") or rule.stack
     place = Place(component=rule.component, unit_axis=rule.unit_axis, heads=surroundings.number(rule.heads))
     if depth is not None and stack is not None:
         place = dataclasses.replace(place, stack=stack, depth=int(depth), tower=(groups.get("tower") or "").rstrip("."))
