@@ -1,6 +1,7 @@
 """What must hold of the parameter table of every model family, and the truth about its heads from the model itself.
 
-The truth shares nothing with names or tables: every attention sends its scores through softmax, so softmax is watched.
+The truth shares nothing with names or tables: every attention sends its scores through softmax, so softmax is watched
+(and scaled_dot_product_attention is put in terms of it).
 The number of heads is that of the matrices of attention probabilities. Query and key of head h are the weights that
 the probabilities of head h have a gradient for. Value and out of head h are the weights that the loss has a gradient
 for when the probabilities of all other heads are zero.
@@ -84,11 +85,31 @@ class Softmax:
             self.calls.append(probabilities.flatten(end_dim=-3))
             return probabilities
 
+        fused = functional.scaled_dot_product_attention
+        fast = torch.backends.mha.get_fastpath_enabled()
         functional.softmax = softmax  # type: ignore[assignment]
+        functional.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield self
         finally:
             functional.softmax = original
+            functional.scaled_dot_product_attention = fused
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    if is_causal:
+        attn_mask = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu(1)
+    return functional.softmax(scores if attn_mask is None else scores + attn_mask, dim=-1) @ value
 
 
 def gradients(value: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -131,11 +152,10 @@ def values_of(table: Sequence[Parameter], model: nn.Module, entries: Mapping[int
     }
 
 
-def cube(table: Sequence[Parameter], units: Mapping[str, Any]) -> tuple[Grouping, Any, Any]:
-    """The grouping, lca (layers, components) and lca_head (layers, attention components, heads), as reduce makes them."""
-    groups = grouping(table)
+def cube(groups: Grouping, units: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Lca (layers, components) and lca_head (layers, attention components, heads), as reduce makes them."""
     cells, heads = (each.partial(units, each.groups(groups), 1)[0] for each in (LCA, LCA_HEAD))
-    return groups, cells.reshape(groups.cells.shape), heads.reshape(groups.heads.shape)
+    return cells.reshape(groups.cells.shape), heads.reshape(groups.heads.shape)
 
 
 def random_entries(model: nn.Module) -> dict[int, torch.Tensor]:
@@ -206,7 +226,9 @@ class NamingProperties:
             whole = family.loss(model)
         for call, (layer, prefix) in enumerate(family.attentions):
             (value,) = of_cell(table, layer, f"{prefix}value")
-            biases = [row for row in table if row.name == value.name.replace("weight", "bias") and row is not value]
+            biases = [
+                row for row in table if row.layer == layer and len(row.shape) == 1 and units_of(row, f"{prefix}value")
+            ]
             (out,) = of_cell(table, layer, f"{prefix}out")
             values, outs = units_of(value, f"{prefix}value"), units_of(out, f"{prefix}out")
             shared = len(outs) // len(values)
@@ -235,17 +257,19 @@ class NamingProperties:
         table = parameter_table(model)
         tensors = dict(model.named_parameters())
         entries = random_entries(model)
+        groups = grouping(table)
+        untouched = values_of(table, model, {key: torch.zeros_like(tensor) for key, tensor in entries.items()})
         for layer, prefix in family.attentions:
+            place = [each.name for each in groups.layers].index(layer)
             for kind in ("query", "key", "value", "out"):
                 (row,) = of_cell(table, layer, f"{prefix}{kind}")
                 for head, units in units_of(row, f"{prefix}{kind}").items():
                     assert head is not None
-                    moved = {key: torch.zeros_like(tensor) for key, tensor in entries.items()}
+                    key = id(tensors[row.name])
                     index = torch.tensor(sorted(units))
-                    whole = entries[id(tensors[row.name])].index_select(row.unit_axis, index)
-                    moved[id(tensors[row.name])].index_copy_(row.unit_axis, index, whole)
-                    groups, cells, heads = cube(table, values_of(table, model, moved))
-                    place = [each.name for each in groups.layers].index(layer)
+                    whole = entries[key].index_select(row.unit_axis, index)
+                    moved = torch.zeros_like(entries[key]).index_copy_(row.unit_axis, index, whole)
+                    cells, heads = cube(groups, untouched | values_of([row], model, {key: moved}))
                     expected = np.zeros_like(heads)
                     expected[place, ATTENTION_COMPONENTS.index(f"{prefix}{kind}"), head] = float(whole.sum())
                     np.testing.assert_allclose(heads, expected, rtol=1e-9, atol=0)
@@ -258,7 +282,8 @@ class NamingProperties:
         table = parameter_table(model)
         trainable = {id(each): each.numel() for each in model.parameters() if each.requires_grad}
         entries = random_entries(model)
-        groups, cells, _ = cube(table, values_of(table, model, entries))
+        groups = grouping(table)
+        cells, _ = cube(groups, values_of(table, model, entries))
         total = float(sum(each.sum() for key, each in entries.items() if key in trainable))
         np.testing.assert_allclose(cells.sum(), total, rtol=1e-9)
         assert groups.cells.entries.sum() == sum(trainable.values())
@@ -270,7 +295,9 @@ class NamingProperties:
     def test_a_permutation_of_layers_permutes_the_cube(self, family: Family) -> None:
         model = family.model()
         entries = random_entries(model)
-        before, cells, heads = cube(parameter_table(model), values_of(parameter_table(model), model, entries))
+        table = parameter_table(model)
+        before = grouping(table)
+        cells, heads = cube(before, values_of(table, model, entries))
         order = {layer.name: number for number, layer in enumerate(before.layers)}
         from_layer = dict(zip(order, order, strict=True))
         for stack, layers_of in family.stacks.items():
@@ -279,9 +306,9 @@ class NamingProperties:
             for depth, layer in enumerate(moved):
                 layers[depth] = layer
                 from_layer[f"{stack}.{depth}"] = f"{stack}.{(depth + 1) % len(moved)}"
-        after, moved_cells, moved_heads = cube(
-            parameter_table(model), values_of(parameter_table(model), model, entries)
-        )
+        table = parameter_table(model)
+        after = grouping(table)
+        moved_cells, moved_heads = cube(after, values_of(table, model, entries))
         assert [layer.name for layer in after.layers] == list(order)
         permuted = [order[from_layer[name]] for name in order]
         assert permuted != sorted(permuted)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.naming_properties import Family, NamingProperties
+from recorder.parameters import parameter_table
+from tests.naming_properties import Family, NamingProperties, Softmax, gradients, units_of, with_gradient
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -35,7 +36,38 @@ GPT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-T5: dict[str, Any] = {"vocab_size": 11, "d_model": 16, "d_kv": 6, "d_ff": 20, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
+GPT_NEO: dict[str, Any] = {
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "num_layers": 3,
+    "num_heads": 4,
+    "max_position_embeddings": 12,
+    "attention_types": [[["global"], 3]],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OPT: dict[str, Any] = {
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_dim": 20,
+    "max_position_embeddings": 12,
+    "word_embed_proj_dim": 6,
+    "do_layer_norm_before": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+T5: dict[str, Any] = {
+    "vocab_size": 11,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 20,
+    "num_layers": 3,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 BART: dict[str, Any] = {
     "vocab_size": 11,
     "d_model": 16,
@@ -179,17 +211,7 @@ FAMILIES = [
         components=LM | CROSS | {"position"},
         uses=TIED,
     ),
-    decoder_only(
-        "GPTNeo",
-        "GPTNeo",
-        "transformer.h",
-        {
-            **{"vocab_size": 11, "hidden_size": 16, "num_layers": 3, "num_heads": 4, "max_position_embeddings": 12},
-            **{"attention_types": [[["global"], 3]], "bos_token_id": 1, "eos_token_id": 2},
-        },
-        "position",
-        uses=TIED,
-    ),
+    decoder_only("GPTNeo", "GPTNeo", "transformer.h", GPT_NEO, "position", uses=TIED),
     decoder_only("GPTJ", "GPTJ", "transformer.h", GPT | {"rotary_dim": 2}, rotary=True),
     # no channel is rotary: so the bias tells query from key
     decoder_only("GPTNeoX", "GPTNeoX", "gpt_neox.layers", SIZES | {"rotary_pct": 0.0}),
@@ -201,23 +223,7 @@ FAMILIES = [
     llama("Gemma", head_dim=6, tied=True),
     llama("Gemma2", head_dim=6, tied=True),
     llama("Phi3"),
-    decoder_only(
-        "OPT",
-        "OPT",
-        "model.decoder.layers",
-        {
-            **{"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 3, "ffn_dim": 20, "num_attention_heads": 4},
-            **{
-                "max_position_embeddings": 12,
-                "word_embed_proj_dim": 6,
-                "pad_token_id": 0,
-                "do_layer_norm_before": False,
-            },
-            **{"bos_token_id": 1, "eos_token_id": 2},
-        },
-        "position",
-        uses=TIED,
-    ),
+    decoder_only("OPT", "OPT", "model.decoder.layers", OPT, "position", uses=TIED),
     encoder_only("BERT", "BertForMaskedLM", "Bert.bert.encoder.layer", uses=TIED),
     encoder_only("BERT pretraining", "BertForPreTraining", "Bert.bert.encoder.layer", loss=pretraining, uses=TIED),
     encoder_only("BERT classifier", "BertForSequenceClassification", "Bert.bert.encoder.layer", loss=of_class),
@@ -246,3 +252,29 @@ FAMILIES = [
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 class TestTransformers(NamingProperties):
     """Every property for every family."""
+
+
+def test_the_columns_of_t5s_relative_positions_are_heads() -> None:
+    family = next(each for each in FAMILIES if each.name == "T5")
+    model = family.model()
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    row = next(row for row in parameter_table(model) if row.name == name)
+    assert (row.layer, row.component, row.heads) == ("model", "position", 4)
+    with Softmax().watched() as softmax:
+        family.loss(model)
+    for head, probabilities in enumerate(softmax.calls[0]):
+        found = gradients(probabilities.square().sum(), model)[name]
+        assert with_gradient(found, row) == units_of(row, "position")[head]
+
+
+def test_a_model_inside_a_users_own_is_recognised() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = transformers.BertModel(transformers.BertConfig(**SIZES))
+            self.tagger = nn.Linear(16, 3)
+
+    table = {row.name: row for row in parameter_table(Tagger())}
+    assert [name for name, row in table.items() if row.component == "other"] == ["tagger.weight", "tagger.bias"]
+    query = table["bert.encoder.layer.2.attention.self.query.weight"]
+    assert (query.layer, query.component, query.heads) == ("encoder.2", "query", 4)

@@ -78,7 +78,7 @@ def test_a_rule_that_is_not_understood_is_named_by_file_and_number(rule: str, pr
 
 def test_every_rule_of_the_package_names_a_component_of_the_ledger() -> None:
     components = {part.component for rule in naming_rules() for part in rule.parts or (rule,)}
-    assert components == set(COMPONENTS) - {"other", "gate"}
+    assert components == set(COMPONENTS) - {"other"}
 
 
 def test_parameters_that_no_rule_covers_go_to_other_with_a_warning_that_names_them() -> None:
