@@ -108,10 +108,13 @@ def _place(model: nn.Module, name: str, shape: tuple[int, ...], rules: Sequence[
         if not all(_is_a(_module(model, groups[group]), rule, group) for group in rule.classes):
             continue
         try:
-            return _applied(rule, _Surroundings(model, name, groups, rule.source), shape)
+            place = _applied(rule, _Surroundings(model, name, groups, rule.source), shape)
+            Parameter(name=name, shape=shape, dtype="", **place.fields())
         except FormatError:
             if not rule.optional:
                 raise
+        else:
+            return place
     return Place()
 
 
@@ -148,11 +151,6 @@ def _applied(rule: NamingRule, surroundings: _Surroundings, shape: tuple[int, ..
             raise FormatError(message)
         parts = _parts(rule.parts, surroundings, shape[rule.unit_axis])
         place = dataclasses.replace(place, fused=parts, repeats=surroundings.number(rule.repeats))
-    try:
-        Parameter(name=surroundings.name, shape=shape, dtype="", **place.fields())
-    except FormatError as error:
-        message = f"{rule.source}, for {error}"
-        raise FormatError(message) from error
     return place
 
 

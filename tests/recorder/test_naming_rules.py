@@ -141,7 +141,7 @@ def test_repeated_parts_take_turns() -> None:
         (
             13,
             "parts = [{component = 'gate'}, {component = 'W1'}]",
-            " do not divide into parts of [0, 0] heads and [0, 0] units",
+            "the 13 units of parameter 'attn.proj.weight' do not divide into parts of [0, 0] heads and [0, 0] units",
         ),
         (
             16,
@@ -159,9 +159,7 @@ def test_repeated_parts_take_turns() -> None:
     ],
 )
 def test_a_rule_that_does_not_fit_the_tensor_is_told_with_the_numbers(rows: int, fields: str, problem: str) -> None:
-    with pytest.raises(
-        FormatError, match=rf"^own\.toml: naming rule 1.* parameter 'attn\.proj\.weight'.*{re.escape(problem)}"
-    ):
+    with pytest.raises(FormatError, match=re.escape(problem)):
         only_row(Model(rows), PROJ + fields)
 
 
