@@ -26,11 +26,12 @@ from replay.passes import check_recipe, check_table
 from replay.progress import with_progress
 from replay.pruning import prune_finished
 from replay.selfcheck import check_update
+from replay.separation import opened_by_use
 from replay.serial import run_serially
 from replay.shards import FOLDER
 from replay.stale import remove_stale
 from replay.where import Where
-from replay.work import Replayer, replayer
+from replay.work import Replayer
 
 PRUNE_SECONDS = 10.0
 """Between two deletions of segments while the work goes on."""
@@ -71,9 +72,7 @@ def _replay(options: argparse.Namespace) -> int:
         run = open_run(options.run)
         job = arguments.job(options, run)
         chosen = where.chosen(options, job)
-        opened = replayer(job)
-        # An earlier replay of this process may have opened the run when it held less.
-        opened.take_up(run)
+        opened = opened_by_use(job, run)
         why_anew = _sit(options, opened, chosen)
         if not why_anew:
             break
