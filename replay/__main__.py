@@ -72,15 +72,15 @@ def _replay(options: argparse.Namespace) -> int:
         run = open_run(options.run)
         job = arguments.job(options, run)
         chosen = where.chosen(options, job)
-        opened = opened_by_use(job, run)
-        why_anew = _sit(options, opened, chosen)
+        opened, tied = opened_by_use(job, run)
+        why_anew = _sit(options, opened, chosen, tied)
         if not why_anew:
             break
         commandline.say(f"{run.path}: {why_anew}; the run is opened anew")
     return commandline.DONE if options.dry_run else conclude(opened, as_json=options.json)
 
 
-def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> str:
+def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where, tied: Sequence[str]) -> str:
     # Everything from one opening of the run; in words, why it must be opened anew.
     run, job = opened.run, opened.job
     outdated = dryrun.stale(opened) if options.dry_run else {}
@@ -114,7 +114,7 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> str:
     report = check_update(run, opened.workload, data=opened.collates)
     # Only of what is to be computed: a rerun that finds everything done has nothing to check.
     work_on = set(opened.loss_data) if options.follow else {name for task in tasks for name in task.loss_data}
-    commandline.say(f"self-check: {'; '.join([report.text, *check_recipe(opened, work_on)])}")
+    commandline.say(f"self-check: {'; '.join([report.text, *tied, *check_recipe(opened, work_on)])}")
     if options.dry_run:
         dryrun.tell(opened, ours, tasks, chosen, outdated=outdated, again=options.overwrite, as_json=options.json)
         return ""

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from recorder import commandline
 from replay.work import Replayer, replayer
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ ROUNDING = 8
 """Spacings by which the gradients of the uses, added up, may miss that of the tied tensor, relative to their norms."""
 
 
-def opened_by_use(job: Job, run: Run) -> Replayer:
-    """Open a run for replay, and say which tied weights stay whole because their uses cannot be told apart.
+def opened_by_use(job: Job, run: Run) -> tuple[Replayer, list[str]]:
+    """Open a run for replay, the uses of its tied weights told apart where they can be.
 
     Parameters
     ----------
@@ -38,36 +37,38 @@ def opened_by_use(job: Job, run: Run) -> Replayer:
 
     Returns
     -------
-    Replayer
+    opened : Replayer
         Ready to work. Its job names the parameters that stay whole, so that all workers have the same ledger.
+    found : list of str
+        What became of each tied parameter, in sentences for the user.
     """
     opened = replayer(job)
     opened.take_up(run)
     reasons = _why_inseparable(opened)
     if reasons:
-        for name, reason in reasons.items():
-            commandline.say(f"{run.path}: tied weights, {name!r}: its uses are not told apart, for {reason}")
         opened = replayer(dataclasses.replace(job, whole=(*job.whole, *reasons)))
         opened.take_up(run)
-    told_apart: dict[str, list[str]] = {}
-    for row in opened.trained:
+    uses = _uses(opened.trained)
+    return opened, [
+        *(f"tied weights {rows[0].name!r} told apart: {', '.join(row.component for row in rows)}" for rows in uses),
+        *(f"tied weights {name!r} stay whole, for {reason}" for name, reason in reasons.items()),
+    ]
+
+
+def _uses(trained: Iterable[Parameter]) -> list[list[Parameter]]:
+    # The rows of each parameter whose uses are told apart, its own first.
+    rows = {row.name: [row] for row in trained if row.tied_to is None}
+    for row in trained:
         if row.tied_to is not None:
-            told_apart.setdefault(row.tied_to, []).append(row.component)
-    for row in opened.trained:
-        if row.name in told_apart:
-            components = ", ".join([row.component, *told_apart[row.name]])
-            commandline.say(f"{run.path}: tied weights, {row.name!r}: LCA of each use, {components}")
-    return opened
+            rows[row.tied_to].append(row)
+    return [found for found in rows.values() if len(found) > 1]
 
 
 def _why_inseparable(opened: Replayer) -> dict[str, str]:
     # Name of a tied parameter to the reason why its uses cannot be told apart.
     surface, run = opened.surface, opened.run
     reasons = dict(surface.inseparable)
-    uses: dict[str, list[Parameter]] = {}
-    for row in opened.trained:
-        if row.tied_to is not None and row.tied_to not in reasons:
-            uses.setdefault(row.tied_to, []).append(row)
+    uses = {rows[0].name: rows for rows in _uses(opened.trained) if rows[0].name not in reasons}
     if not uses:
         return reasons
     t, loss_data = run.steps[0], opened.evaluated(next(iter(opened.loss_data)))[0]
@@ -81,9 +82,8 @@ def _why_inseparable(opened: Replayer) -> dict[str, str]:
         reason = f"without the tie the loss of step {t} is {apart.loss!r} where it was {tied.loss!r}"
         return reasons | dict.fromkeys(uses, reason)
     for name, rows in uses.items():
-        reason = _why_not_the_sum(
-            tied.gradient, apart.gradient, [name, *(row.name for row in rows)], opened.precision.epsilon
-        )
+        names = [row.name for row in rows]
+        reason = _why_not_the_sum(tied.gradient, apart.gradient, names, opened.precision.epsilon)
         if reason:
             reasons[name] = reason
     return reasons

@@ -7,6 +7,8 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,9 +16,17 @@ import torch
 from safetensors.numpy import load_file
 
 from recorder.runformat import Run
+from recorder.table import Parameter, Part
 from reduce import open_cube
 from reduce.__main__ import main as reduce_main
+from replay.adoption import adopt_pruned
+from replay.blocks import BLOCK
+from replay.cost import bytes_in_memory
+from replay.job import Job, Task
+from replay.products import Projection
+from replay.settings import digest_of_table
 from replay.shards import ShardFolder, folders
+from replay.work import Replayer
 from tests.replay import tied
 from tests.replay.tied import EMBEDDING, FUSED, OUTPUT, TOKENS, VOCABULARY, WIDTH
 
@@ -93,7 +103,7 @@ def test_the_uses_sum_to_the_whole(run_in_float64: Path, replay: Command, capsys
     run = run_in_float64
     assert replay(run, loss_data=("batch", "probe:20")) == 0
     said = capsys.readouterr().err
-    assert f"tied weights, {EMBEDDING!r}: LCA of each use, embedding, output" in said
+    assert f"; tied weights {EMBEDDING!r} told apart: embedding, output; two passes over" in said
     assert "losses and parameters are the recorded ones, bit for bit" in said
     assert replay(run, "--tied-weights", "whole", loss_data=("batch", "probe:20")) == 0
     assert "tied weights" not in capsys.readouterr().err
@@ -162,8 +172,8 @@ def test_uses_that_cannot_be_told_apart_stay_whole_and_it_is_said(
     run = tied.record(tmp_path / "run", getattr(tied, kind), steps=2)
     assert replay(run) == (3 if kind == "hides_from_the_tied" else 0)
     said = capsys.readouterr().err
-    assert f"tied weights, {EMBEDDING!r}: its uses are not told apart, for {WHOLE[kind]}" in said
-    assert "LCA of each use" not in said
+    assert f"; tied weights {EMBEDDING!r} stay whole, for {WHOLE[kind]}" in said
+    assert "told apart" not in said
     by_default = folder(run, "batch")
     assert OUTPUT not in by_default.read(0, 2).per_unit["sum"]
     whole = by_default.file(0, 2).read_bytes()
@@ -178,7 +188,7 @@ def test_with_the_training_s_dropout_the_uses_are_told_apart_too(
     run = tied.record(tmp_path / "run", tied.dropping, steps=2)
     assert replay(run, "--dropout", "recorded") == 0
     said = capsys.readouterr().err
-    assert "LCA of each use, embedding, output" in said
+    assert "told apart: embedding, output" in said
     assert "the loss of step 0 is the training's bit for bit" in said
 
 
@@ -209,13 +219,83 @@ def test_a_micro_batch_gives_each_use_and_each_component_its_own_share(
                 given = gradient * (after[owner] - theta[owner])
                 if name in FUSED:
                     # Units by repetition, part, and what is left: head by head, or all heads of a part together.
-                    parts = given.view(FUSED[name], 3, -1).sum(dim=(0, 2)).tolist()
+                    expected = given.view(FUSED[name], 3, -1).sum(dim=(0, 2))
                     assert shard.spread[name].shape == (3, 3, 3)
                 else:
-                    parts = float(given.sum())
+                    expected = given.sum()
                     assert shard.spread[name].shape == (3, 3)
-                scale = float(given.abs().sum())
-                assert shard.spread[name][t, position] == pytest.approx(parts, rel=0, abs=1e-11 * scale)
+                found = shard.spread[name][t, position]
+                np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-11 * float(given.abs().sum()))
+
+
+def test_products_with_a_tensor_that_fills_several_blocks_are_told_by_component() -> None:
+    parts = tuple(Part(component=name, units=units) for name, units in (("query", 40), ("key", 20), ("value", 60)))
+    shapes: dict[str, tuple[int, ...]] = {
+        "before": (5,),
+        "along columns": (3000, 120),
+        "small": (120,),
+        "rows": (120, 3000),
+    }
+    table = [
+        Parameter(name=name, shape=shape, dtype="float64", component="fused", fused=parts, repeats=20, unit_axis=axis)
+        for (name, shape), axis in zip(shapes.items(), (0, 1, 0, 0), strict=True)
+        if name != "before"
+    ]
+    generator = torch.Generator().manual_seed(4)
+    direction, *others = (
+        {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
+        for _ in range(3)
+    )
+    del others[0]["rows"]  # no gradient reached it yet
+    assert shapes["rows"][0] * shapes["rows"][1] > 2 * BLOCK
+    projection = Projection(direction, table)
+    together = {name: tensor + others[0].get(name, 0) for name, tensor in others[1].items()}
+    found = projection.of_each([projection.dots(others[0]), projection.dots(together)])
+    part_of_unit = np.tile(np.repeat([0, 1, 2], [2, 1, 3]), 20)
+    for position, other in enumerate(others):
+        for name, values in found.items():
+            product = (direction[name] * other.get(name, torch.zeros(()))).numpy()
+            if name == "before":
+                assert values[position] == pytest.approx(product.sum(), rel=1e-12, abs=1e-12)
+                continue
+            of_units = product.sum(axis=0) if name == "along columns" else product.reshape(120, -1).sum(axis=1)
+            expected = np.bincount(part_of_unit, of_units)
+            np.testing.assert_allclose(values[position].numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_shards_of_pruned_steps_are_taken_over_when_tied_and_fused_parameters_join(
+    run: Path, replay: Command, folder: Find
+) -> None:
+    assert replay(run, loss_data=("probe:20",)) == 0
+    now = folder(run, "probe")
+    shard, attempts = now.read(0, 4), now.attempts(0, 4)
+    joined = {EMBEDDING, OUTPUT, "decoder.qkv.weight"}
+    table = [row for row in now.parameters if row.name not in joined]
+    settings = dataclasses.replace(now.settings, parameter_table=digest_of_table(table))
+    former = ShardFolder.create(run, settings, table, now.provenance)
+    former.write(0, 4, shard, attempts)
+    now.remove(0, 4)
+    of_run = SimpleNamespace(path=run, pruned=[(0, 4)], attempts_within=lambda start, stop: attempts)
+    adopt_pruned(cast("Replayer", SimpleNamespace(run=of_run, folders={"probe": now})))
+    found = now.read(0, 4)
+    for row in now.trained:
+        for quantity in ("sum", "zero_count"):
+            still = row.size // row.units if quantity == "zero_count" else 0
+            expected = np.full((4, row.units), still) if row.name in joined else shard.per_unit[quantity][row.name]
+            np.testing.assert_array_equal(found.per_unit[quantity][row.name], expected)
+        left = np.zeros_like(shard.spread[row.name]) if row.name in joined else shard.spread[row.name]
+        np.testing.assert_array_equal(found.spread[row.name], left)
+
+
+def test_memory_is_foretold_with_a_gradient_for_every_use(run: Path, job: Callable[..., Job]) -> None:
+    foretold = {}
+    for whole in ((), (EMBEDDING,)):
+        opened = Replayer(job(run, rule="simpson", loss_data=("batch",), whole=whole))
+        foretold[whole] = bytes_in_memory(opened, Task(start=0, stop=4, loss_data=("batch",)))
+    rows = 4 * (VOCABULARY * 4 * 8 + 3 * 8)
+    entries = VOCABULARY * WIDTH
+    # Three gradients in float32 that are looked at together, and half of one for gaps of the heap.
+    assert foretold[()] - foretold[EMBEDDING,] == pytest.approx(entries * (3 * 4 + 2) + rows, abs=2)
 
 
 def test_from_replay_to_the_cube(run: Path, replay: Command) -> None:

@@ -204,7 +204,8 @@ def loss_sum(theta: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tens
     """The loss of the model without ties, at `untied` parameters."""
     logits = torch.func.functional_call(Tied().double(), theta, (tokens[:, :-1],), tie_weights=False)
     chosen = logits.gather(-1, tokens[:, 1:, None])[..., 0]
-    return (logits.logsumexp(-1) - chosen).sum()
+    total: torch.Tensor = (logits.logsumexp(-1) - chosen).sum()
+    return total
 
 
 def gradients(theta: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
