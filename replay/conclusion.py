@@ -36,7 +36,8 @@ def conclude(opened: Replayer, *, as_json: bool) -> int:
     for name in summaries:
         for (start, stop), there, of in opened.entries[name].unfinished():
             commandline.say(
-                f"{name}: entries of steps {start}:{stop} are there for {there} of {of} chunks; replay the others too"
+                f"{name}: entries of {opened.run.describe_steps([(start, stop)])} are there for {there} of {of} "
+                "chunks; replay the others too"
             )
         for start, stop in opened.job.windows:
             if not opened.entries[name].holds((start, stop)):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from recorder.chordrun import open_run
 from recorder.loading import load_workload
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
@@ -28,7 +29,7 @@ from replay.gradients import Evaluation, LossSurface, Theta
 from replay.heap import share_one_heap
 from replay.job import Job, Receipt, Task
 from replay.precision import fitting, precision_named
-from replay.quadrature import rule_named
+from replay.quadrature import rule_for
 from replay.reading import ReadAhead, RecordedStep
 from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
@@ -52,8 +53,8 @@ class Replayer:
         torch.set_num_threads(job.threads)
         kernels.rule_out_inexact()
         self.job = job
-        self.run = Run(Path(job.run))
-        self.rule = rule_named(job.rule)
+        self.run = open_run(Path(job.run))
+        self.rule = rule_for(job.rule, self.run.manifest.path)
         trained = self.run.manifest.trained
         self.precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
         self.tolerance = Tolerance(rtol=job.rtol, atol=job.atol, rounding=self.precision.rounding)
@@ -240,7 +241,7 @@ class Replayer:
         if any(start <= task.start and task.stop <= stop for start, stop in self.run.consecutive):
             return
         # Whoever gave the task has seen more of the run; with the table of this job, whatever came later.
-        run = Run(self.run.path)
+        run = open_run(self.run.path)
         run.manifest = dataclasses.replace(run.manifest, parameters=self.run.manifest.parameters)
         self.take_up(run)
 
