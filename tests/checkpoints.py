@@ -1,4 +1,4 @@
-"""One small training, recorded at every update and with checkpoints now and then; and the same as many trainers' files."""
+"""One small training, recorded at every update and with checkpoints now and then, in the files of many trainers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def as_shards(folder: Path, states: Mapping[int, State]) -> Path:
         place.mkdir(parents=True)
         names = list(untied(state))
         halves = [names[::2], names[1::2]]
-        where = {}
+        where: dict[str, str] = {}
         for number, half in enumerate(halves, start=1):
             file = f"model-{number:05d}-of-00002.safetensors"
             save_file({name: state[name] for name in half}, place / file)

@@ -21,8 +21,8 @@ PATHS = {
 CHORD = "chord"
 INTERVALS = "Of a run of path chord a step is the interval between two checkpoints, at the update where it begins."
 SIDE_BY_SIDE = (
-    "Runs of path recorded and of path chord stand side by side: their totals compare, for on the same loss data they do "
-    "not depend on the path; how a total is split over components does."
+    "Runs of path recorded and of path chord stand side by side: their totals compare, for on the same loss data they "
+    "do not depend on the path; how a total is split over components does."
 )
 SIGN = "Negative: this part lowered the loss."
 
@@ -88,7 +88,8 @@ def steps(totals: Totals) -> str:
     Returns
     -------
     str
-        Such as ``200 steps, all converged``, of checkpoints ``20 intervals, all converged``, or ``200 steps: 197 converged, 3 tolerance not met``.
+        Such as ``200 steps, all converged`` or ``200 steps: 197 converged, 3 tolerance not met``; of checkpoints
+        such as ``20 intervals, all converged``.
     """
     noun = "interval" if totals.path == CHORD else "step"
     number = f"{totals.steps:,} {noun}" + ("" if totals.steps == 1 else "s")

@@ -164,6 +164,10 @@ def sentences(records: Sequence[Record], manifest: Manifest) -> list[str]:
             f"{len(still)} parameters ({sum(row.size for row in still):,} entries) are the same in all checkpoints, so "
             f"they count as untrained: {names}"
         )
+    unmapped = [row.name for row in manifest.trained if row.component == "other"]
+    if unmapped:
+        names = ", ".join(unmapped[:_MOST_NAMED]) + (", ..." if len(unmapped) > _MOST_NAMED else "")
+        told_of.append(f"{len(unmapped)} parameters match no naming rule and go to component 'other': {names}")
     other = sorted({(row.model_dtype, row.dtype) for row in manifest.parameters if row.model_dtype})
     told_of += [f"the model is built in {of_model}, the checkpoints are in {dtype}" for of_model, dtype in other]
     if manifest.buffers:

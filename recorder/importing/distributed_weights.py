@@ -90,8 +90,8 @@ class DistributedWeights:
             files = sorted({info.relative_path for info in self._metadata.storage_data.values()})
         except pickle.UnpicklingError as error:
             message = (
-                f"{folder / METADATA}: is a pickle that holds more than the metadata of torch.distributed.checkpoint "
-                f"({error}); loading that could run code of whoever made it, so it was not loaded"
+                f"{folder / METADATA}: was not loaded: it holds more than the metadata of torch.distributed.checkpoint "
+                f"({error}), and loading that could run code of whoever made it"
             )
             raise UsageError(message) from error
         except (OSError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError, ImportError) as error:

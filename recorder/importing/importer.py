@@ -16,7 +16,7 @@ from recorder.importing.matching import Match, Model
 from recorder.importing.storing import store, stored_before
 from recorder.lock import LOCK_FILE, RunLock
 from recorder.manifest import CHORD, MANIFEST_FILE, Manifest
-from recorder.parameters import parameter_table, warn_of_unmapped
+from recorder.parameters import parameter_table
 
 if TYPE_CHECKING:
     from recorder.importing.found import Found
@@ -58,7 +58,6 @@ def import_checkpoints(wish: Wish, workload: Workload, say: Callable[[str], None
         manifest = manifest_of(wish, source, model, table, facts, records, before)
         for sentence in sentences(records, manifest):
             say(sentence)
-        warn_of_unmapped(manifest.parameters)
         manifest.write(wish.run)
     finally:
         lock.release()

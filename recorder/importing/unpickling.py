@@ -46,9 +46,9 @@ def load(path: Path) -> Any:
             return _load(path)
         except pickle.UnpicklingError as error:
             message = (
-                f"{path}: holds more than tensors and plain values, and loading that could run code of whoever made "
-                f"the file, so it was not loaded ({_first_line(error)}). Where you trust the file, save its weights "
-                "alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+                f"{path}: was not loaded: it holds more than tensors and plain values, or is no file of torch.save, "
+                f"and loading that could run code of whoever made it ({_first_line(error)}). Where you trust the file, "
+                "save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
             )
             raise UsageError(message) from error
         except (OSError, RuntimeError, EOFError, ValueError) as error:

@@ -62,7 +62,7 @@ def test_safetensors_files_are_linked(
     there = source if source.is_dir() else source.parent
     theirs = {file.stat().st_ino for file in there.rglob("*") if file.resolve().is_file()}
     importing(source)
-    ours = [file for file in (tmp_path / "run" / "checkpoints").rglob("*.safetensors")]
+    ours = list((tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
     assert len(ours) == (8 if "shards" in kind else 4)
     assert {file.stat().st_ino for file in ours} <= theirs
     assert not any(file.is_symlink() for file in ours)
