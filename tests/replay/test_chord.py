@@ -186,10 +186,13 @@ def test_steps_are_updates_and_windows_are_named_by_them(run: Path, replay_: Cal
     assert "1 intervals to do in 1 shards" in said
     (folder,) = folders(run)
     assert folder.finished() == [(1, 2)]
+    everything = (*arguments[:-1], "all")
+    _, said = replay_(run, *everything, "--steps", "25:30", "--overwrite")
+    assert "probe: entries of steps 0:40 are there for 1 of 2 chunks; replay the others too" in said
     _, said = replay_(run, *arguments)
     assert "1 intervals to do in 1 shards" in said
     assert folder.finished() == [(0, 1), (1, 2)]
-    (entries,) = folder.path.glob("entries-*.safetensors")
+    entries = folder.path / "entries-00000001-00000002.safetensors"
     shard = folder.read(1, 2)
     with_entries = TensorFile(entries)
     for name, sums in shard.per_unit["sum"].items():
