@@ -123,7 +123,7 @@ def _record(run: Path, updates: int) -> None:
                 batch = task.batch(indices.tolist(), split="train", epoch=1)
                 rec.batch(indices, batch)
                 loss_sum, predictions = task.loss(model, batch)
-                (loss_sum / predictions).backward()  # type: ignore[no-untyped-call]
+                (loss_sum / predictions).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 done += 1

@@ -2,7 +2,7 @@
 
     python examples/import_checkpoints.py checkpoints
     python -m recorder import checkpoints --run runs/imported --workload examples.import_checkpoints:workload
-    python -m replay --run runs/imported --workload recorded
+    python -m replay --run runs/imported --workload recorded --loss-data probe:256
     python -m reduce --run runs/imported
     python -m viz --run runs/imported
 
