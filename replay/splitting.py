@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from recorder.errors import MismatchError, UsageError
+from recorder.errors import LossledgerError, MismatchError
 from recorder.workload import HalvesBatches
 
 Result = TypeVar("Result")
@@ -24,6 +24,10 @@ _WAY_OUT = (
 )
 # What torch says in a plain RuntimeError where the host's memory is full.
 _ALLOCATOR = "DefaultCPUAllocator"
+
+
+class DoesNotFitError(LossledgerError):
+    """A micro-batch is larger than memory and cannot be cut: of one step perhaps, while all others fit."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -59,7 +63,7 @@ def halve(batch: Any) -> tuple[Any, Any]:
 
     Raises
     ------
-    UsageError
+    DoesNotFitError
         If its tensors have no common number of examples, or there is but one.
     """
     sizes = {path: len(tensor) for path, tensor in _tensors(batch, "batch") if tensor.dim()}
@@ -69,14 +73,14 @@ def halve(batch: Any) -> tuple[Any, Any]:
             "a micro-batch does not fit into memory, and cannot be cut in two: expected tensors that all have its "
             f"examples along their first axis, but {found}; {_WAY_OUT}"
         )
-        raise UsageError(message)
+        raise DoesNotFitError(message)
     examples = next(iter(sizes.values()))
     if examples < 2:
         message = (
             "a single example does not fit into memory; use a device with more of it, fewer --workers, or --dtype "
             "bfloat16"
         )
-        raise UsageError(message)
+        raise DoesNotFitError(message)
     middle = (examples + 1) // 2
     return _cut(batch, slice(0, middle)), _cut(batch, slice(middle, examples))
 
@@ -167,7 +171,7 @@ class Pieces:
 
         Raises
         ------
-        UsageError
+        DoesNotFitError
             If something does not fit and must not be cut.
         """
         if micro_batches is not self._of:
@@ -183,7 +187,7 @@ class Pieces:
                         "a micro-batch does not fit into memory, and with --dropout recorded it cannot be cut in two; "
                         "use a device with more of it, fewer --workers, or --dropout off"
                     )
-                    raise UsageError(message) from error
+                    raise DoesNotFitError(message) from error
             # Only out here has the error let go of what the failed pass had in memory.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -198,7 +202,7 @@ class Pieces:
         while not self._checked:
             try:
                 halves = self._halve(piece)
-            except UsageError:
+            except DoesNotFitError:
                 return
             try:
                 whole, parts = self._measure(piece), [self._measure(half) for half in halves]

@@ -16,7 +16,7 @@ REASON = {
     "loop": "no step was finished for 15 s",
     "segfault": "3 workers died at it",
     "killed": "3 workers died at it",
-    "memory": "can't allocate memory",
+    "memory": "a single example does not fit into memory",
 }
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from recorder.errors import LossledgerError, MismatchError, UsageError
+from recorder.errors import LossledgerError, MismatchError
 from replay.gradients import Evaluation, LossSurface
 from replay.precision import PRECISIONS
 from replay.shards import ShardFolder
-from replay.splitting import halve, is_out_of_memory
+from replay.splitting import DoesNotFitError, halve, is_out_of_memory
 from tests.replay import variants
 
 ROWS, WIDTH = 12, 3
@@ -121,7 +121,9 @@ def test_the_pieces_of_a_steps_batches_are_found_once_and_do_not_decide_the_next
 
 
 def test_a_single_example_that_does_not_fit_is_told() -> None:
-    with pytest.raises(UsageError, match="a single example does not fit into memory; use a device with more of it"):
+    with pytest.raises(
+        DoesNotFitError, match="a single example does not fit into memory; use a device with more of it"
+    ):
         _surface(_Regression(most=0)).evaluate(THETA, _batches(3))
 
 
@@ -150,10 +152,10 @@ def test_a_workload_may_cut_its_batches_itself() -> None:
 
 def test_tensors_without_a_common_number_of_examples_are_named() -> None:
     batch = {"source": torch.zeros(5, 2), "targets": [torch.zeros(7, 2)]}
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(DoesNotFitError) as caught:
         halve(batch)
     assert "batch.source has 5, batch.targets.0 has 7; give the workload" in str(caught.value)
-    with pytest.raises(UsageError, match="it has no tensors"):
+    with pytest.raises(DoesNotFitError, match="it has no tensors"):
         halve({"tokens": 3, "scale": torch.tensor(2.0)})
 
 
@@ -192,7 +194,7 @@ def test_the_sizes_tried_are_halves_of_halves() -> None:
 
 def test_with_the_trainings_dropout_a_micro_batch_is_not_cut() -> None:
     surface = _surface(_Regression(most=3))
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(DoesNotFitError) as caught:
         surface.evaluate(THETA, _batches(8), states=[{"rng_cpu": torch.get_rng_state()}])
     assert str(caught.value) == (
         "a micro-batch does not fit into memory, and with --dropout recorded it cannot be cut in two; use a device "
