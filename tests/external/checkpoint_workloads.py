@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-FAIRSEQ_RUN = "LOSSLEDGER_TEST_FAIRSEQ_RUN"
+FAIRSEQ_ARGUMENTS = "LOSSLEDGER_TEST_FAIRSEQ_ARGUMENTS"
 VOCABULARY, LENGTH = 11, 6
 
 
 def fairseq() -> Any:
-    """The training of the run that the environment names, rebuilt by fairseq."""
-    from recorder.loading import load_workload
-    from recorder.manifest import Manifest
+    """The training of the arguments in the environment, rebuilt by fairseq."""
+    from recorder.integrations.fairseq_workload import fairseq_workload
 
-    run = Path(os.environ[FAIRSEQ_RUN])
-    return load_workload(run, Manifest.read(run), None, None)
+    return fairseq_workload(json.loads(os.environ[FAIRSEQ_ARGUMENTS]))
 
 
 class _Text:
