@@ -153,5 +153,6 @@ def test_fairseq(
     assert replayed(saved, tmp_path / "run", "fairseq", states) == 0
     said = capsys.readouterr().err
     assert "checkpoint_last.pt is a copy of" in said
-    assert not open_run(tmp_path / "run").manifest.buffers
+    # One of fairseq's buffers is memory that nobody sets; it is held at what the checkpoint says.
+    assert set(open_run(tmp_path / "run").manifest.buffers) <= {"decoder.embed_positions._float_tensor"}
     assert [open_run(tmp_path / "run").step(k).epoch for k in range(3)] == [1, 1, 2]
