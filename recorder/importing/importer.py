@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recorder import tensorfile
 from recorder.checkpoints import FOLDER, Record
 from recorder.errors import UsageError
 from recorder.importing import kinds
 from recorder.importing.concluding import manifest_of, sentences
 from recorder.importing.fitting import matches_of, ordered
 from recorder.importing.matching import Match, Model
-from recorder.importing.storing import store, stored_before
+from recorder.importing.storing import different_tensors, store, stored_before
 from recorder.lock import LOCK_FILE, RunLock
 from recorder.manifest import CHORD, MANIFEST_FILE, Manifest
 from recorder.parameters import parameter_table
@@ -122,12 +121,7 @@ def _stored(
 
 
 def _check_copy(first: Found, other: Found, record: Record, of_other: Match) -> None:
-    weights = other.open()
-    different = [
-        name
-        for name, original in of_other.tensors.items()
-        if name not in record.tensors or tensorfile.checksum(weights.read(original)) != record.tensors[name].crc32
-    ]
+    different = different_tensors(record, other.open(), of_other)
     if different:
         message = (
             f"{first.path} and {other.path} are both after {first.step} updates, and {len(different)} tensors differ, "

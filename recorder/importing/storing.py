@@ -43,13 +43,38 @@ def stored_before(run: Path, found: Found, weights: Weights, match: Match) -> Re
     Returns
     -------
     Record or None
-        None if there is none, or it is of other files, of other content, or of other names.
+        None if there is none, or it is of other content, or of other names.
     """
     if not (checkpoint_folder(run, found.step) / RECORD_FILE).is_file():
         return None
     record = Record.read(run, found.step)
-    same_names = set(record.tensors) == set(match.tensors) and dict(record.taken_from) == _renamed(match)
-    return record if same_names and dict(record.source) == _stamps(weights) else None
+    if set(record.tensors) != set(match.tensors) or dict(record.taken_from) != _renamed(match):
+        return None
+    # A source that was moved or copied has other stamps; its bytes decide.
+    same = dict(record.source) == _stamps(weights) or not different_tensors(record, weights, match)
+    return record if same else None
+
+
+def different_tensors(record: Record, weights: Weights, match: Match) -> list[str]:
+    """Compare the tensors of a source with those of a checkpoint in the run.
+
+    Parameters
+    ----------
+    record
+        The checkpoint's record.
+    weights, match
+        The tensors in the source.
+
+    Returns
+    -------
+    list of str
+        Names, in the model, of those that differ or that the run does not have.
+    """
+    return [
+        name
+        for name, original in match.tensors.items()
+        if name not in record.tensors or tensorfile.checksum(weights.read(original)) != record.tensors[name].crc32
+    ]
 
 
 def store(run: Path, found: Found, weights: Weights, match: Match) -> Record:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -165,6 +166,19 @@ def test_the_same_command_adds_what_has_come_since(
     assert importing(source)[0] == 0
     agrees(tmp_path / "run", states)
     assert checkpoints.facts(tmp_path / "run")["run_id"] == identity
+
+
+def test_a_source_that_was_moved_is_the_same_source(
+    importing: Importing, states: Mapping[int, State], tmp_path: Path
+) -> None:
+    source = checkpoints.as_huggingface(tmp_path / "source", states)
+    importing(source)
+    moved = Path(shutil.copytree(source, tmp_path / "moved"))
+    for file in moved.rglob("*.safetensors"):
+        os.utime(file, (1, 1))
+    shutil.rmtree(source)
+    assert importing(moved)[0] == 0
+    agrees(tmp_path / "run", states)
 
 
 def test_a_parameter_that_never_changes_is_untrained_and_one_that_does_is_trained_whatever_the_model_says(
