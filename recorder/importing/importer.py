@@ -49,9 +49,10 @@ def import_checkpoints(wish: Wish, workload: Workload, say: Callable[[str], None
     matches = matches_of(wish, checkpoints, Model.of(model, table))
     for sentence in dict.fromkeys(found.said for found in matches.values() if found.said):
         say(sentence)
-    before = _opened(wish)
+    _make_folder(wish)
     lock = RunLock(wish.run)
     try:
+        before = _finished_before(wish)
         records = _stored(wish, checkpoints, matches, before, say)
         facts = matches[checkpoints[0][0].path].facts
         manifest = manifest_of(wish, source, model, table, facts, records, before)
@@ -63,13 +64,16 @@ def import_checkpoints(wish: Wish, workload: Workload, say: Callable[[str], None
     return manifest
 
 
-def _opened(wish: Wish) -> Manifest | None:
-    # None where there is no finished import yet.
+def _make_folder(wish: Wish) -> None:
     try:
         wish.run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         message = f"the run folder {wish.run} cannot be made: {error.strerror}"
         raise UsageError(message) from error
+
+
+def _finished_before(wish: Wish) -> Manifest | None:
+    # None where no import has finished yet.
     if (wish.run / MANIFEST_FILE).exists():
         before = Manifest.read(wish.run)
         if before.path != CHORD:
