@@ -1,4 +1,4 @@
-"""``python -m recorder``: record a fairseq training; say what a run holds, whether it is whole, what one would cost."""
+"""``python -m recorder``: record a training, import checkpoints; what a run holds, if it is whole, what it costs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import dataclasses
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from recorder import commandline
+from recorder.chordrun import ChordRun, open_run
 from recorder.estimate import estimate
 from recorder.manifest import MANIFEST_FILE, Attempt
 from recorder.ranges import describe_ranges
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="steps to a segment file: a damaged one costs so many (default 64, 128 for 16-bit parameters)",
     )
+    _add_import(commands)
     info = commands.add_parser("info", help="say what a run holds")
     info.add_argument("run", type=Path, metavar="RUN")
     info.add_argument("--json", action="store_true", help="for a machine")
@@ -69,6 +72,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     cost.add_argument("--json", action="store_true", help="for a machine")
     return parser
+
+
+def _add_import(commands: Any) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="make a run of checkpoints that exist already",
+        description="Make a run of path chord of checkpoints that exist already: what is allocated later is the change "
+        "of the loss along the straight line from each to the next. No code that they bring along runs. Safetensors "
+        "files are linked, others written anew. The same command again continues, or adds checkpoints that have come "
+        "since. See docs/checkpoints.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        nargs="?",
+        metavar="SOURCE",
+        help="a folder of checkpoints, a repository in Hugging Face's cache, or a list of lines N,PATH (.csv, .txt)",
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run to make")
+    parser.add_argument(
+        "--workload", required=True, metavar="MODULE:FUNCTION", help="what builds the model, the data and the loss"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=["fairseq", "huggingface", "lightning", "distributed", "files"],
+        help="what kind of checkpoints (default: told from their names)",
+    )
+    parser.add_argument(
+        "--step",
+        action="append",
+        default=[],
+        metavar="N=PATH",
+        help="the checkpoint after N updates: a file of weights, or the folder of one checkpoint; may be repeated",
+    )
+    parser.add_argument(
+        "--prefix", help="what the checkpoints' names have before the model's, such as model. (default: found)"
+    )
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors of the checkpoints that the model need not have, by a shell pattern; may be repeated",
+    )
 
 
 def _add_selection(parser: argparse.ArgumentParser, prefix: str) -> None:
@@ -119,8 +167,31 @@ def _fairseq_train(options: argparse.Namespace, arguments: Sequence[str]) -> int
     return commandline.DONE
 
 
+def _import(options: argparse.Namespace) -> int:
+    # Imported only where it is needed, with torch and the user's workload.
+    from recorder.importing.importer import import_checkpoints
+    from recorder.importing.wish import Wish
+    from recorder.loading import named_workload
+
+    wish = Wish(
+        source=options.source,
+        run=options.run,
+        workload=options.workload,
+        kind=options.kind,
+        named=tuple(options.step),
+        prefix=options.prefix,
+        ignored=tuple(options.ignore),
+    )
+    import_checkpoints(
+        wish, named_workload(options.workload), lambda sentence: commandline.say(f"{options.run}: {sentence}")
+    )
+    commandline.say(f"{options.run}: {open_run(options.run).describe()}")
+    commandline.result(str(options.run))
+    return commandline.DONE
+
+
 def _info(options: argparse.Namespace) -> int:
-    run = Run(options.run)
+    run = open_run(options.run)
     manifest = run.manifest
     size = sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
     rows = manifest.parameters
@@ -129,7 +200,7 @@ def _info(options: argparse.Namespace) -> int:
         "run_id": manifest.run_id,
         "state": manifest.state,
         "path": manifest.path,
-        "trainer": f"{manifest.trainer.name} {manifest.trainer.version}",
+        "trainer": f"{manifest.trainer.name} {manifest.trainer.version}".strip(),
         "steps": describe_ranges(run.consecutive),
         "pruned_steps": describe_ranges(run.pruned),
         "selected_steps": manifest.steps,
@@ -143,6 +214,9 @@ def _info(options: argparse.Namespace) -> int:
         "created": manifest.provenance.get("created"),
     }
     attempts = [_describe_attempt(run, entry) for entry in manifest.attempts]
+    if isinstance(run, ChordRun):
+        facts = _of_checkpoints(facts, run)
+        attempts = []
     if options.json:
         commandline.result(json.dumps({**facts, "attempts": attempts}))
         return commandline.DONE
@@ -156,6 +230,21 @@ def _info(options: argparse.Namespace) -> int:
             f"recorded {entry['recorded']}, of which count {entry['in_use']}"
         )
     return commandline.DONE
+
+
+def _of_checkpoints(facts: dict[str, Any], run: ChordRun) -> dict[str, Any]:
+    # What has no meaning for checkpoints gives way to what has.
+    files = Counter(file.kind for record in run.records() for file in record.files)
+    own = {
+        "steps": run.describe_steps(run.consecutive),
+        "checkpoints": list(run.manifest.checkpoints),
+        "files": ", ".join(
+            f"{count} by {kind}" if "link" in kind else f"{count} {kind}" for kind, count in files.items()
+        ),
+        "source": run.manifest.provenance.get("source"),
+    }
+    without = {"pruned_steps", "selected_steps", "segments", "batches"}
+    return {name: value for name, value in (facts | own).items() if name not in without}
 
 
 def _describe_attempt(run: Run, attempt: Attempt) -> dict[str, Any]:
@@ -231,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commandline.guarded(PROGRAM, lambda: _fairseq_train(options, rest))
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    command = {"info": _info, "verify": _verify, "estimate": _estimate}[options.command]
+    command = {"info": _info, "verify": _verify, "estimate": _estimate, "import": _import}[options.command]
     return commandline.guarded(PROGRAM, lambda: command(options))
 
 

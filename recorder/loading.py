@@ -37,9 +37,9 @@ def load_workload(run: Path, manifest: Manifest, choice: str | None, data: str |
     Raises
     ------
     UsageError
-        If one is needed and none is chosen, or what is chosen cannot be imported or is no workload.
+        If one is needed and none is chosen, or none is named.
     """
-    if manifest.trainer.name == "fairseq" and choice in {None, "recorded"}:
+    if manifest.trainer.name == "fairseq" and manifest.workload is None and choice in {None, "recorded"}:
         from recorder.integrations.fairseq_workload import FairseqWorkload
 
         return FairseqWorkload(run, manifest.trainer, data=data, run_user_code=choice == "recorded")
@@ -58,6 +58,27 @@ def load_workload(run: Path, manifest: Manifest, choice: str | None, data: str |
     if name is None:
         message = "--workload recorded: the run names no workload; pass --workload module:function"
         raise UsageError(message)
+    return named_workload(name)
+
+
+def named_workload(name: str) -> Workload:
+    """Import a workload that the user names, and build it.
+
+    Parameters
+    ----------
+    name
+        ``module:function``.
+
+    Returns
+    -------
+    Workload
+        The workload.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be imported or is no workload.
+    """
     workload = _import_factory(name)()
     if not isinstance(workload, Workload):
         message = (

@@ -18,6 +18,9 @@ FORMAT = "lossledger-run"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
+RECORDED, CHORD = "recorded", "chord"
+"""The paths of a run: every update as the optimizer made it, or straight lines between checkpoints far apart."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Trainer:
@@ -26,7 +29,8 @@ class Trainer:
     Parameters
     ----------
     name
-        ``torch`` for a loop with `recorder.watch`, or the trainer's library.
+        ``torch`` for a loop with `recorder.watch`, or the trainer's library; of a run of path ``chord``, what kind of
+        checkpoints it was made of.
     version
         Of that library.
     arguments
@@ -101,7 +105,8 @@ class Manifest:
     run_id
         Identity of the run: 32 hexadecimal digits.
     path
-        ``recorded``: every step's parameters are the optimizer's own.
+        ``recorded``: every step's parameters are the optimizer's own. ``chord``: they are checkpoints, and what lies
+        between them is not known.
     workload
         ``module:function`` that rebuilds model, batches and loss; None where the trainer's arguments do.
     trainer
@@ -125,6 +130,8 @@ class Manifest:
     unrecorded_changes
         Names of tensors that changed during training although no step records them: buffers, and parameters of an
         optimizer that was not watched.
+    checkpoints
+        Of a run of path ``chord``: after how many updates each of its checkpoints was taken, ascending.
     provenance
         Versions and time of creation.
     """
@@ -142,6 +149,7 @@ class Manifest:
     buffers: tuple[str, ...] = ()
     files: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unrecorded_changes: tuple[str, ...] = ()
+    checkpoints: tuple[int, ...] = ()
     provenance: Mapping[str, Any]
 
     @property
@@ -165,9 +173,13 @@ class Manifest:
         Returns
         -------
         dict
-            With ``format`` and ``version`` first.
+            With ``format`` and ``version`` first; without ``checkpoints`` where there are none.
         """
-        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        document = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        if not self.checkpoints:
+            # Versions that knew recorded runs alone refuse fields that they do not know.
+            del document["checkpoints"]
+        return document
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], source: str) -> Manifest:
@@ -221,12 +233,19 @@ class Manifest:
         try:
             fields["parameters"] = tuple(Parameter.from_dict(row) for row in fields["parameters"])
             fields["attempts"] = tuple(Attempt(**row) for row in fields["attempts"])
-            for name in ("buffers", "unrecorded_changes"):
+            for name in ("buffers", "unrecorded_changes", "checkpoints"):
                 fields[name] = tuple(fields.get(name, ()))
         except (AttributeError, TypeError) as error:
             message = f"{source}: the parameter table, the attempts or the buffers are not understood ({error})"
             raise FormatError(message) from error
-        return cls(**fields)
+        manifest = cls(**fields)
+        if manifest.path not in {RECORDED, CHORD} or (manifest.path == CHORD) != bool(manifest.checkpoints):
+            message = (
+                f"{source}: expected path {RECORDED!r}, or {CHORD!r} with checkpoints, found {manifest.path!r} with "
+                f"{len(manifest.checkpoints)}"
+            )
+            raise FormatError(message)
+        return manifest
 
     def write(self, run: Path) -> None:
         """Write the manifest into its run, durably, replacing an older one.

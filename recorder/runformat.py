@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from recorder.errors import DamagedFileError, UsageError
-from recorder.manifest import Manifest
+from recorder.manifest import RECORDED, Manifest
 from recorder.pruned import pruned_segments
 from recorder.ranges import describe_ranges, joined_ranges
 from recorder.recordedonce import UNTRAINED_FILE, open_once, optimizer_file
@@ -36,7 +36,7 @@ class Run:
     Parameters
     ----------
     path
-        The run's folder.
+        The run's folder. What `recorder.chordrun.open_run` opens may be of either path.
     attempt
         Read the run as it was at the end of this attempt; the last one by default.
 
@@ -51,9 +51,15 @@ class Run:
         If the run has no such attempt.
     """
 
+    noun = "step"
+    """What lies between two of its θ."""
+
     def __init__(self, path: Path, attempt: int | None = None) -> None:
         self.path = Path(path)
         self.manifest, self._files = _look(self.path)
+        if self.manifest.path != RECORDED:
+            message = f"{self.path}: expected a recorded run, found one of path {self.manifest.path}"
+            raise UsageError(message)
         numbers = [entry.number for entry in self.manifest.attempts]
         if attempt is not None and attempt not in numbers:
             message = f"{self.path}: has no attempt {attempt}; it has {', '.join(map(str, numbers))}"
@@ -199,6 +205,63 @@ class Run:
 
     def _not_recorded(self, t: int) -> UsageError:
         return UsageError(f"{self.path}: step {t} is not recorded; recorded are {describe_ranges(self.consecutive)}")
+
+    def updates(self, t: int) -> tuple[int, int]:
+        """Tell after how many updates step t begins and ends.
+
+        Parameters
+        ----------
+        t
+            The step.
+
+        Returns
+        -------
+        tuple of int
+            t and t + 1: in a recorded run each update is a step.
+        """
+        return t, t + 1
+
+    def describe(self) -> str:
+        """Say in words what the run holds.
+
+        Returns
+        -------
+        str
+            Such as ``steps 0-59 recorded so far``.
+        """
+        return f"{describe_ranges(self.consecutive)} recorded{' so far' if self.manifest.state == 'recording' else ''}"
+
+    def describe_steps(self, ranges: Iterable[tuple[int, int]]) -> str:
+        """Say in words which steps ranges cover.
+
+        Parameters
+        ----------
+        ranges
+            Start and stop of each range.
+
+        Returns
+        -------
+        str
+            Such as ``steps 0-59``.
+        """
+        return describe_ranges(list(ranges))
+
+    def position(self, update: int, what: str) -> int:
+        """Find the step that begins after a number of updates.
+
+        Parameters
+        ----------
+        update
+            The number of updates.
+        what
+            Names it in errors.
+
+        Returns
+        -------
+        int
+            The same number: in a recorded run each update is a step.
+        """
+        return update
 
     def step(self, t: int) -> Step:
         """Read what is recorded of step t besides the parameters.

@@ -92,6 +92,8 @@ class Step:
     gradient_norm
         Norm of the gradient that the optimizer used, over all parameters; recorded for the first steps only, where
         replay does an update again.
+    updates
+        Of an interval between two checkpoints far apart: after how many updates they were taken. None for one update.
     """
 
     step: int
@@ -100,6 +102,12 @@ class Step:
     learning_rates: tuple[float, ...]
     micro_batches: tuple[MicroBatch, ...]
     gradient_norm: float | None = None
+    updates: tuple[int, int] | None = None
+
+    @property
+    def first_update(self) -> int:
+        """How many updates had been done when it began."""
+        return self.step if self.updates is None else self.updates[0]
 
     @property
     def predictions(self) -> float:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from recorder import growing
+from recorder.checkpoints import RECORD_FILE, CheckpointReader, checkpoint_folder
+from recorder.chordrun import ChordRun
 from recorder.errors import LossledgerError
-from recorder.manifest import MANIFEST_FILE, Manifest
+from recorder.manifest import CHORD, MANIFEST_FILE, Manifest
 from recorder.pruned import pruned_segments
 from recorder.ranges import describe_ranges, joined_ranges
 from recorder.recordedonce import UNTRAINED_FILE, open_once, optimizer_file
@@ -97,6 +99,8 @@ def verify(path: Path, progress: Callable[[Path], None] = lambda file: None) -> 
         What is damaged, what is lost with it, and what is usable.
     """
     manifest = Manifest.read(path)
+    if manifest.path == CHORD:
+        return _verify_checkpoints(ChordRun(path), progress)
     files = [path / MANIFEST_FILE]
 
     def begin(file: Path) -> None:
@@ -130,6 +134,36 @@ def verify(path: Path, progress: Callable[[Path], None] = lambda file: None) -> 
         usable=() if fatal else tuple(joined_ranges(kept)),
         unfinished=len(growing.unfinished(path / SEGMENTS_FOLDER)),
         pruned=tuple(joined_ranges([(name.start, name.stop) for name in pruned if name.rank == 0])),
+    )
+
+
+def _verify_checkpoints(run: ChordRun, progress: Callable[[Path], None]) -> Verdict:
+    # Ranges are those of updates: a checkpoint takes the intervals on both sides with it.
+    stops = run.manifest.checkpoints
+    files, damages, good = [run.path / MANIFEST_FILE], [], []
+    for k, step in enumerate(stops):
+        file = checkpoint_folder(run.path, step) / RECORD_FILE
+        files.append(file)
+        progress(file.parent)
+        try:
+            record = run.record(k)
+            files += [file.parent / entry.name for entry in record.files]
+            reader = CheckpointReader(run.path, record)
+            for name in record.tensors:
+                reader.tensors([name])
+        except (LossledgerError, OSError) as error:
+            lost = ((stops[max(0, k - 1)], stops[min(k + 1, len(stops) - 1)]),)
+            damages.append(Damage(file=str(file.parent), found=_without_path(error, file.parent), lost=lost))
+        else:
+            good.append(k)
+    usable = [(stops[k], stops[k + 1]) for k in run.steps if {k, k + 1} <= set(good)]
+    return Verdict(
+        run=str(run.path),
+        files=len(files),
+        bytes=sum(file.stat().st_size for file in files if file.exists()),
+        damages=tuple(damages),
+        usable=tuple(joined_ranges(usable)),
+        unfinished=0,
     )
 
 

@@ -40,7 +40,7 @@ def _reduce(arguments: argparse.Namespace, command: str) -> int:
     plan = pipeline.plan(arguments.run, arguments.settings)
     cube.check_destination(out, overwrite=arguments.overwrite)
     for source in plan.chosen:
-        if gap := sources.missing(source, plan.steps):
+        if gap := sources.missing(source, plan.steps, plan.updates):
             commandline.say(f"{source.loss_data}: not replayed: steps {gap}; NaN there, with status missing")
     console = Console(stderr=True)
     columns = (TextColumn("reduce"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())

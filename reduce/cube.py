@@ -153,6 +153,9 @@ def open_cube(path: Path | str) -> xr.Dataset:
         )
         raise FormatError(message)
     dataset = xr.open_dataset(path, engine="netcdf4")
+    for name, of_step in schema.SINCE.items():
+        if name not in dataset.variables and "step" in dataset.variables:
+            dataset.coords[name] = ("step", of_step(dataset["step"].values), schema.FIELDS[name].attributes)
     try:
         validate(dataset, path)
     except FormatError:

@@ -40,13 +40,16 @@ class Plan:
     chosen
         The shards of each loss data.
     steps
-        Array of shape (steps,), int64: the cube's step axis.
+        Array of shape (steps,), int64: the steps of the shards, which are intervals between checkpoints along a chord.
+    updates
+        Array of shape (steps, 2), int64: after how many updates each begins and ends, which the cube tells.
     grouping
         The groups of the run's parameters.
     """
 
     chosen: tuple[sources.Source, ...]
     steps: sources.Steps
+    updates: sources.Updates
     grouping: Grouping
 
 
@@ -66,9 +69,11 @@ def plan(run: Path, hashes: Sequence[str] = ()) -> Plan:
         The plan.
     """
     chosen = sources.choose(run, hashes)
+    steps = sources.all_steps(chosen)
     return Plan(
         chosen=chosen,
-        steps=sources.all_steps(chosen),
+        steps=steps,
+        updates=sources.updates(chosen, steps),
         grouping=grouping(chosen[0].folder.parameters),
     )
 
@@ -97,8 +102,10 @@ def write(plan: Plan, path: Path, *, command: str, advance: Callable[[int], None
             # Threads were measured to be slower: nearly all the time goes into copying and checking the shards'
             # bytes, which holds the interpreter's lock.
             arrays: Arrays = block.compute(scheduler="synchronous")
+            rows = np.searchsorted(plan.steps, arrays["step"])
+            arrays["step"], arrays["step_end"] = plan.updates[rows].T
             yield cube.make({**axes, **arrays}, attributes)
-            advance(len(arrays["step"]))
+            advance(len(rows))
 
     cube.write(path, made(), steps=len(plan.steps))
 

@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,7 @@ def _field(dims: tuple[str, ...], dtype: type, units: str, long_name: str) -> Fi
 COORDINATES = {
     "data": _field(("data",), str, "1", "loss data"),
     "step": _field(("step",), np.int64, "1", "optimizer step"),
+    "step_end": _field(("step",), np.int64, "1", "optimizer step at the end of the interval"),
     "layer": _field(("layer",), str, "1", "layer"),
     "stack": _field(("layer",), str, "1", "stack of the layer"),
     "depth": _field(("layer",), np.int64, "1", "depth of the layer in its stack"),
@@ -100,6 +101,10 @@ VARIABLES = {
 }
 
 FIELDS = {**COORDINATES, **VARIABLES}
+
+SINCE: Mapping[str, Callable[[Any], Any]] = {"step_end": lambda step: step + 1}
+"""Coordinates that cubes of this version did not have at first, and what they are in those: functions of `step`."""
+
 ALONG_STEP = {name: field for name, field in FIELDS.items() if "step" in field.dims}
 
 

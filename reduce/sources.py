@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Steps = npt.NDArray[np.int64]
+    Updates = npt.NDArray[np.int64]
 
 _RANGES_SHOWN = 8
+RECORDED = "recorded"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -112,7 +114,46 @@ def all_steps(sources: Sequence[Source]) -> Steps:
     return steps
 
 
-def missing(source: Source, steps: Steps) -> str:
+def updates(sources: Sequence[Source], steps: Steps) -> Updates:
+    """Tell after how many updates each step begins and ends.
+
+    Parameters
+    ----------
+    sources
+        The chosen shards.
+    steps
+        Array of shape (steps,), int64, ascending: steps of a recorded run, intervals between checkpoints of path
+        ``chord``.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64 of shape (steps, 2).
+
+    Raises
+    ------
+    FormatError
+        If loss data contradict each other: they were not replayed from the same checkpoints.
+    """
+    if sources[0].folder.settings.path == RECORDED:
+        return np.stack([steps, steps + 1], axis=1)
+    found: Updates = np.full((len(steps), 2), -1, dtype=np.int64)
+    for source in sources:
+        for start, stop in source.ranges:
+            rows = np.searchsorted(steps, np.arange(start, stop))
+            of_shard = source.folder.updates(start, stop)
+            known = found[rows, 0] >= 0
+            if not np.array_equal(found[rows][known], of_shard[known]):
+                message = (
+                    f"{source.folder.file(start, stop)}: expected the updates {found[rows].tolist()} as on the other "
+                    f"loss data, found {of_shard.tolist()}; the loss data were not replayed from the same checkpoints"
+                )
+                raise FormatError(message)
+            found[rows] = of_shard
+    return found
+
+
+def missing(source: Source, steps: Steps, ends: Updates | None = None) -> str:
     """Describe the steps that were not replayed on a loss data.
 
     Parameters
@@ -121,18 +162,22 @@ def missing(source: Source, steps: Steps) -> str:
         Its shards.
     steps
         All steps of the cube, ascending.
+    ends
+        As `updates` gives them; by default each step is one update.
 
     Returns
     -------
     str
-        Such as ``8-11, 20``; empty where nothing is missing. Steps next to each other in the cube make a range.
+        Such as ``8-11, 20``, in updates; empty where nothing is missing. Steps next to each other in the cube make a
+        range.
     """
+    ends = np.stack([steps, steps + 1], axis=1) if ends is None else ends
     there = np.isin(steps, source.steps, assume_unique=True)
     edges = np.flatnonzero(np.diff(np.concatenate(([True], there, [True]))))
-    ends = [(steps[first], steps[stop - 1]) for first, stop in zip(edges[::2], edges[1::2], strict=True)]
-    texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in ends[:_RANGES_SHOWN]]
-    if len(ends) > _RANGES_SHOWN:
-        texts.append(f"and {len(ends) - _RANGES_SHOWN} more ranges")
+    gaps = [(ends[first, 0], ends[stop - 1, 1] - 1) for first, stop in zip(edges[::2], edges[1::2], strict=True)]
+    texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in gaps[:_RANGES_SHOWN]]
+    if len(gaps) > _RANGES_SHOWN:
+        texts.append(f"and {len(gaps) - _RANGES_SHOWN} more ranges")
     return ", ".join(texts)
 
 

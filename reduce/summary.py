@@ -37,6 +37,7 @@ def lines(dataset: xr.Dataset) -> list[str]:
 
 
 def _line(entries: xr.Dataset, blocks: list[slice]) -> str:
+    noun = "interval" if entries.attrs["path"] == "chord" else "step"
     status = entries["status"].values
     residual = np.abs(entries["residual"].values)
     change = (entries["loss_end"] - entries["loss_start"]).values
@@ -44,16 +45,16 @@ def _line(entries: xr.Dataset, blocks: list[slice]) -> str:
     allocated = np.concatenate([_allocated(entries["lca"].isel(step=block), cells) for block in blocks])
     finite = np.isfinite(allocated) & np.isfinite(change) & (status != schema.MISSING)
     unchecked = (status == Status.NOT_CHECKED).any()
-    over = f" over {finite.sum()} checked steps" if unchecked else ""
+    over = f" over {finite.sum()} checked {noun}s" if unchecked else ""
     worst = "no finite residual"
     if np.isfinite(residual).any():
         at = int(np.nanargmax(np.where(np.isfinite(residual), residual, np.nan)))
-        worst = f"worst |residual| {residual[at]:.2e} nat at step {entries['step'].values[at]}"
+        worst = f"worst |residual| {residual[at]:.2e} nat at {noun} {entries['step'].values[at]}"
     counts = ", ".join(
         f"{(status == code).sum()} {name}" for code, name in enumerate(schema.STATUSES) if (status == code).any()
     )
     return (
-        f"{entries['data'].item()}: {(status != schema.MISSING).sum()} steps, "
+        f"{entries['data'].item()}: {(status != schema.MISSING).sum()} {noun}s, "
         f"Σ LCA {allocated[finite].sum():+.6g} nat, Σ ΔL {change[finite].sum():+.6g} nat{over}, {worst}; {counts}"
     )
 

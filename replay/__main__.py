@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from recorder import commandline
 from recorder.errors import UsageError
+from recorder.manifest import MANIFEST_FILE, Manifest
 from recorder.ranges import describe_ranges
 from recorder.runformat import Run
 from replay import arguments, dropout, dryrun, where
@@ -37,7 +38,7 @@ PRUNE_SECONDS = 10.0
 """Between two deletions of segments while the work goes on."""
 
 
-def _wanted(text: str | None, tasks: Sequence[Task]) -> list[Task]:
+def _wanted(text: str | None, run: Run, tasks: Sequence[Task]) -> list[Task]:
     if text is None:
         return list(tasks)
     start, separator, stop = text.partition(":")
@@ -45,7 +46,8 @@ def _wanted(text: str | None, tasks: Sequence[Task]) -> list[Task]:
         message = f"--steps expects START:STOP, got {text!r}"
         raise UsageError(message)
     first, last = int(start or 0), int(stop) if stop else None
-    return [task for task in tasks if task.stop > first and (last is None or task.start < last)]
+    updates = {task: (run.updates(task.start)[0], run.updates(task.stop - 1)[1]) for task in tasks}
+    return [task for task, (start, stop) in updates.items() if stop > first and (last is None or start < last)]
 
 
 def _say_dropout(opened: Replayer) -> str:
@@ -66,6 +68,8 @@ def _run_tasks(job: Job, tasks: Sequence[Task], chosen: Where, following: Follow
 
 def _replay(options: argparse.Namespace) -> int:
     arguments.check(options)
+    if options.follow and (options.run / MANIFEST_FILE).exists():
+        arguments.check_path(options, Manifest.read(options.run))
     if options.follow:
         wait_for_first_step(options.run)
     while True:
@@ -91,7 +95,7 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where, tied: Seq
     consecutive = run.consecutive
     for of_entries in opened.entries.values():
         of_entries.refuse_pruned(run.pruned, consecutive)
-    ours = chosen.ours(_wanted(options.steps, plan(job, opened.folders, run, entries=opened.entries, again=True)))
+    ours = chosen.ours(_wanted(options.steps, run, plan(job, opened.folders, run, entries=opened.entries, again=True)))
     still = run.manifest.state == "recording"
     to_do = plan(
         job,
@@ -105,8 +109,8 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where, tied: Seq
     tasks = [task for task in to_do if (task.start, task.stop) in ours]
     steps = sum(task.stop - task.start for task in tasks)
     commandline.say(
-        f"{run.path}: {describe_ranges(consecutive)} recorded{' so far' if still else ''}; loss data "
-        f"{', '.join(opened.folders)}; {job.rule} rule; {steps} steps to do in {len(tasks)} shards"
+        f"{run.path}: {run.describe()}; loss data {', '.join(opened.folders)}; {job.rule} rule; {steps} {run.noun}s to "
+        f"do in {len(tasks)} shards"
     )
     check_table(run, opened.surface.shapes)
     if options.dropout == dropout.RECORDED:
@@ -150,8 +154,8 @@ def _work(
     log.write(f"asked for {len(tasks)} shards: {job}; {chosen}; {_versions()}")
     try:
         with contextlib.closing(_run_tasks(job, tasks, chosen, following)) as outcomes:
-            settled = _settling(with_progress(outcomes, tasks), opened, following, options.prune)
-            gather(settled, tasks, log, is_there)
+            settled = _settling(with_progress(outcomes, tasks, opened.run.noun), opened, following, options.prune)
+            gather(settled, tasks, log, is_there, opened.run.describe_steps)
         for of_entries in opened.entries.values():
             of_entries.add_up()
     except BaseException as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recorder.errors import UsageError
+from recorder.manifest import CHORD, Manifest
 from replay import dropout, lossdata, where
 from replay.chunks import parse_windows
 from replay.job import Job
@@ -44,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="NAME",
         help="batch, probe:N, valid:N, fresh:N or file:PATH, with NAME= before it to call it otherwise; may be given "
-        f"several times (default: {' and '.join(lossdata.DEFAULT)})",
+        f"several times (default: {' and '.join(lossdata.DEFAULT)}; for checkpoints, path chord, "
+        f"{' and '.join(lossdata.DEFAULT_OF_CHORD)})",
     )
     parsing.add_argument(
         "--rule", default=ADAPTIVE.name, choices=sorted(RULES), help="quadrature rule (default %(default)s)"
@@ -64,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
         help="with rules that have no node at an end of the step (gauss2, gauss3, midpoint, euler): measure the losses "
         "there, and take the residual, at every N-th step only (default %(default)s)",
     )
-    parsing.add_argument("--steps", metavar="START:STOP", help="only the shards that hold these steps")
+    parsing.add_argument(
+        "--steps",
+        metavar="START:STOP",
+        help="only the shards that hold these steps; for checkpoints the updates that they were taken after",
+    )
     parsing.add_argument("--chunk", type=int, default=8, metavar="N", help="steps to a shard (default %(default)s)")
     parsing.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parsing.add_argument(
@@ -133,7 +139,7 @@ def check(options: argparse.Namespace) -> None:
     UsageError
         If options exclude each other or are out of range.
     """
-    requests = _requests(options)
+    requests = [lossdata.parse(text) for text in options.loss_data or lossdata.DEFAULT]
     names = [request.name for request in requests]
     if len(set(names)) < len(names):
         message = f"--loss-data: {max(names, key=names.count)!r} is asked for twice; replay them one after the other"
@@ -161,10 +167,6 @@ def check(options: argparse.Namespace) -> None:
     _check_following(options)
 
 
-def _requests(options: argparse.Namespace) -> list[lossdata.Request]:
-    return [lossdata.parse(text) for text in options.loss_data or lossdata.DEFAULT]
-
-
 def job(options: argparse.Namespace, run: Run) -> Job:
     """Put together what is to be done.
 
@@ -185,7 +187,10 @@ def job(options: argparse.Namespace, run: Run) -> Job:
     UsageError
         If the options ask for what the run does not hold.
     """
-    requests = _requests(options)
+    check_path(options, run.manifest)
+    chord = run.manifest.path == CHORD
+    wanted = tuple(options.loss_data or (lossdata.DEFAULT_OF_CHORD if chord else lossdata.DEFAULT))
+    requests = [lossdata.parse(text) for text in wanted]
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = "cuda" if on_gpu else "cpu"
     if options.dropout == dropout.RECORDED:
@@ -198,11 +203,13 @@ def job(options: argparse.Namespace, run: Run) -> Job:
         dropout.refuse_if_not_recorded(run, device)
     tied = tuple(row.name for row in run.manifest.parameters if row.uses)
     asked = options.per_parameter
-    windows = () if asked is None else parse_windows(asked, run.ever_recorded, growing=options.follow)
+    windows = (
+        () if asked is None else parse_windows(asked, run.ever_recorded, growing=options.follow, position=run.position)
+    )
     return Job(
         run=str(options.run),
         run_id=run.manifest.run_id,
-        loss_data=tuple(options.loss_data or lossdata.DEFAULT),
+        loss_data=wanted,
         rule=options.rule,
         rtol=options.rtol,
         atol=options.atol,
@@ -218,6 +225,53 @@ def job(options: argparse.Namespace, run: Run) -> Job:
         table=digest_of_table(run.manifest.parameters),
         whole=tied if options.tied_weights == WHOLE else (),
     )
+
+
+def check_path(options: argparse.Namespace, manifest: Manifest) -> None:
+    """Check that a run can have what is asked for, by its path.
+
+    Parameters
+    ----------
+    options
+        As parsed and checked.
+    manifest
+        Of the run.
+
+    Raises
+    ------
+    UsageError
+        If the run is made of checkpoints, and something asks for what is known of recorded updates alone.
+    """
+    if manifest.path != CHORD:
+        return
+    requests = [lossdata.parse(text) for text in options.loss_data or ()]
+    of_batches = [request.name for request in requests if request.kind == "batch"]
+    refused = [
+        (
+            f"--loss-data {', '.join(of_batches)}",
+            bool(of_batches),
+            "of the updates between two checkpoints no batch is known; choose probe:N, valid:N, fresh:N or file:PATH",
+        ),
+        (
+            "--dropout recorded",
+            options.dropout == dropout.RECORDED,
+            "no random states of the training are known; leave dropout off",
+        ),
+        (
+            "--follow",
+            options.follow,
+            "checkpoints are imported, not recorded; import again what has come since, then replay",
+        ),
+        (
+            "--prune",
+            options.prune is not None,
+            "the checkpoints of a run are kept; delete the run when it is done with",
+        ),
+    ]
+    for flag, asked, reason in refused:
+        if asked:
+            message = f"{flag}: {options.run} is of path {CHORD}: {reason}"
+            raise UsageError(message)
 
 
 def _check_following(options: argparse.Namespace) -> None:

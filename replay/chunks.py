@@ -6,7 +6,7 @@ Chunks start at multiples of their length, so that they are the same whatever wa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from recorder.errors import UsageError
 from recorder.ranges import describe_ranges
@@ -68,7 +68,13 @@ def pieces(window: Range, recorded: Sequence[Range], length: int) -> list[Range]
     return [(first, last) for first, last in cut if first < last]
 
 
-def parse_windows(text: str, recorded: Sequence[Range], *, growing: bool = False) -> tuple[Range, ...]:
+def parse_windows(
+    text: str,
+    recorded: Sequence[Range],
+    *,
+    growing: bool = False,
+    position: Callable[[int, str], int] = lambda update, what: update,
+) -> tuple[Range, ...]:
     """Parse the value of ``--per-parameter``.
 
     Parameters
@@ -79,6 +85,8 @@ def parse_windows(text: str, recorded: Sequence[Range], *, growing: bool = False
         Start and stop of consecutive recorded steps.
     growing
         Whether further steps are to come, and the windows may reach beyond the recorded ones.
+    position
+        Finds the step that begins after a number of updates; the second argument names the number in errors.
 
     Returns
     -------
@@ -105,25 +113,28 @@ def parse_windows(text: str, recorded: Sequence[Range], *, growing: bool = False
     if text == ALL:
         return ((first, last),)
     windows = []
+    asked: dict[Range, str] = {}
     for part in text.split(","):
         start, separator, stop = part.strip().partition(":")
         if not separator or not all(number.isascii() and number.isdigit() for number in (start, stop)):
             message = f"--per-parameter expects {ALL} or START:STOP[,START:STOP...], got {part.strip()!r} in {text!r}"
             raise UsageError(message)
-        windows.append((int(start), int(stop)))
+        window = (position(int(start), "--per-parameter"), position(int(stop), "--per-parameter"))
+        asked[window] = part.strip()
+        windows.append(window)
     windows.sort()
     for window in windows:
         there = growing or (window[1] <= last and bool(pieces(window, recorded, 1)))
         if not (first <= window[0] < window[1] and there):
             message = (
-                f"--per-parameter {window[0]}:{window[1]}: expected a window of recorded steps, START before STOP; "
+                f"--per-parameter {asked[window]}: expected a window of recorded steps, START before STOP; "
                 f"recorded are {describe_ranges(recorded)}, so ask for a part of {first}:{last}, or for {ALL}"
             )
             raise UsageError(message)
     for before, after in itertools.pairwise(windows):
         if after[0] < before[1]:
             message = (
-                f"--per-parameter {text}: the windows {before[0]}:{before[1]} and {after[0]}:{after[1]} overlap; let "
+                f"--per-parameter {text}: the windows {asked[before]} and {asked[after]} overlap; let "
                 "them touch at most, and add their entries for a longer one"
             )
             raise UsageError(message)

@@ -57,7 +57,7 @@ The gradient is its mean along the step, so that the product of the three is the
 """
 
 
-SPREAD, COUNTS = "spread", "counts"
+SPREAD, COUNTS, UPDATES = "spread", "counts", "updates"
 
 
 def spread_shape(row: Parameter, counts: tuple[int, ...]) -> tuple[int, ...]:
@@ -95,6 +95,9 @@ class Shard:
         parameter's LCA, times all predictions, at one node in the middle of the step.
     counts
         On sampled loss data the predictions of every micro-batch, float64 of shape (steps, micro-batches); else None.
+    updates
+        Of intervals between checkpoints far apart: int64 of shape (steps, 2), the updates done at the start and at the
+        end of each. None where each step is one update: `step` and `step` + 1.
     pieces
         Of each step where a micro-batch did not fit into memory: in how many pieces the most divided one was computed.
     """
@@ -104,6 +107,7 @@ class Shard:
     per_parameter: Mapping[str, Mapping[str, npt.NDArray[Any]]]
     spread: Mapping[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
     counts: npt.NDArray[Any] | None = None
+    updates: npt.NDArray[Any] | None = None
     pieces: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     def before(self, end: int) -> Shard:
@@ -126,6 +130,7 @@ class Shard:
             per_parameter={quantity: _first(steps, rows) for quantity, rows in self.per_parameter.items()},
             spread=_first(steps, self.spread),
             counts=None if self.counts is None else self.counts[:steps],
+            updates=None if self.updates is None else self.updates[:steps],
             pieces={step: number for step, number in self.pieces.items() if step < end},
         )
 

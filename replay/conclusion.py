@@ -35,8 +35,9 @@ def conclude(opened: Replayer, *, as_json: bool) -> int:
     files = {name: [str(path) for path in opened.entries[name].finished()] for name in summaries}
     for name in summaries:
         for (start, stop), there, of in opened.entries[name].unfinished():
+            first, last = opened.run.updates(start)[0], opened.run.updates(stop - 1)[1]
             commandline.say(
-                f"{name}: entries of steps {start}:{stop} are there for {there} of {of} chunks; replay the others too"
+                f"{name}: entries of steps {first}:{last} are there for {there} of {of} chunks; replay the others too"
             )
         for start, stop in opened.job.windows:
             if not opened.entries[name].holds((start, stop)):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal
 
 from recorder import commandline
+from recorder.manifest import CHORD
 from replay import cost
 from replay.forecast import Forecast, forecast
 from replay.job import plan
@@ -171,14 +172,20 @@ def _line(name: str, text: str) -> str:
 def _counted(counts: Counts, opened: Replayer, *, again: bool) -> Iterator[str]:
     adaptive = isinstance(opened.rule, AdaptiveRule)
     most = "" if counts.workers == 1 else "at most "
-    yield _line("steps to do", f"{counts.steps:,} in {counts.chunks:,} chunks" + (", done or not" if again else ""))
+    yield _line(
+        f"{opened.run.noun}s to do",
+        f"{counts.steps:,} in {counts.chunks:,} chunks" + (", done or not" if again else ""),
+    )
     shards = (f"{name} {count['done']:,} of {count['of']:,}" for name, count in counts.shards.items())
     yield _line("shards done", ", ".join(shards))
     least = "at least " if adaptive else ""
     yield _line("gradient evaluations", f"{least}{counts.gradient_evaluations_at_least:,}")
     if counts.forward_passes:
         yield _line("forward passes", f"{counts.forward_passes:,} for losses alone")
-    yield _line("to read", f"{most}{decimal(counts.read_bytes)} of segments")
+    yield _line(
+        "to read",
+        f"{most}{decimal(counts.read_bytes)} of {'checkpoints' if opened.run.manifest.path == CHORD else 'segments'}",
+    )
     entries = f" and {decimal(counts.entries_bytes)} of single entries" if counts.entries_bytes else ""
     yield _line("to write", f"{decimal(counts.write_bytes)} of shards{entries}; {decimal(counts.free_bytes)} are free")
     if counts.worker_bytes is not None:
@@ -188,12 +195,17 @@ def _counted(counts: Counts, opened: Replayer, *, again: bool) -> Iterator[str]:
         )
 
 
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def _timed(expected: Forecast, opened: Replayer) -> Iterator[str]:
-    tried = expected.trial.steps
-    steps = f"step {tried[0]}" if len(tried) == 1 else f"{len(tried)} steps, {', '.join(map(str, tried))}"
+    noun = opened.run.noun
+    tried = [opened.run.updates(t)[0] for t in expected.trial.steps]
+    steps = f"{noun} {tried[0]}" if len(tried) == 1 else f"{len(tried)} {noun}s, {', '.join(map(str, tried))}"
     yield _line(
         "trial",
-        f"{steps}: {_brief(expected.evaluation_seconds)} an evaluation, {_brief(expected.step_seconds)} a step",
+        f"{steps}: {_brief(expected.evaluation_seconds)} an evaluation, {_brief(expected.step_seconds)} a {noun}",
     )
     if isinstance(opened.rule, AdaptiveRule):
         means = ", ".join(
@@ -201,7 +213,7 @@ def _timed(expected: Forecast, opened: Replayer) -> Iterator[str]:
         )
         yield _line(
             "evaluations expected",
-            f"{expected.gradient_evaluations:,.0f}, if all are like these (by itself a step took {means})",
+            f"{expected.gradient_evaluations:,.0f}, if all are like these (by itself {_article(noun)} took {means})",
         )
     if expected.expected_seconds is None:
         yield _line(

@@ -107,14 +107,14 @@ class FreshDraw:
         Parameters
         ----------
         step
-            Its number decides the draw.
+            The number of updates before it decides the draw.
 
         Returns
         -------
         list
             The micro-batches.
         """
-        return self._collate.on_device(self._collate.host(self._draw(step.step)))
+        return self._collate.on_device(self._collate.host(self._draw(step.first_update)))
 
     def _draw(self, step: int) -> list[int]:
         return draw(self._available, self._examples, (DRAW_SEED, step))

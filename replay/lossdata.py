@@ -23,6 +23,11 @@ from replay.examples import DRAW_SEED, Collation, FixedExamples, FreshDraw, Grou
 from replay.recordedbatch import RecordedBatch
 
 DEFAULT = ("batch", "probe:512")
+DEFAULT_OF_CHORD = ("probe:512",)
+"""Between checkpoints there are many batches, and none of them is recorded."""
+
+MICRO_BATCH = 32
+"""Examples to a micro-batch where no training tells how many it took."""
 
 _SPLITS = {"probe": "train", "valid": "valid", "fresh": "train"}
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -127,7 +132,8 @@ def build(request: Request, workload: Workload, first_step: Step, device: torch.
     workload
         Lists and collates examples.
     first_step
-        The run's first step: examples are cut into micro-batches of the size training used there.
+        The run's first step: examples are cut into micro-batches of the size training used there, of
+        `MICRO_BATCH` where it has none.
     device
         Where the micro-batches go.
 
@@ -143,7 +149,7 @@ def build(request: Request, workload: Workload, first_step: Step, device: torch.
     """
     if request.split is None:
         return [RecordedBatch(request.name, workload, device)]
-    sizes = [len(micro_batch.indices) for micro_batch in first_step.micro_batches]
+    sizes = [len(micro_batch.indices) for micro_batch in first_step.micro_batches] or [MICRO_BATCH]
     collate = Collation(workload=workload, split=request.split, micro_batch=max(1, *sizes), device=device)
     available = workload.indices(request.split)
     if request.file is not None:

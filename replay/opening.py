@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recorder import commandline
+from recorder import chordrun, commandline
 from recorder.errors import UsageError
 from recorder.recovery import recover
 from recorder.runformat import Run
@@ -31,7 +31,7 @@ def open_run(path: Path) -> Run:
     recovered = recover(path)
     if recovered:
         commandline.say(f"{path}: recovered {recovered}, which a killed training left in the making")
-    run = Run(path)
+    run = chordrun.open_run(path)
     if not run.steps:
         message = f"{path} holds no recorded step yet (state: {run.manifest.state})"
         raise UsageError(message)

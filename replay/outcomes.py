@@ -77,7 +77,11 @@ def reason_and_trace(error: Exception) -> tuple[str, str]:
 
 
 def gather(
-    outcomes: Iterable[Outcome], tasks: Sequence[Task], log: Log, is_there: Callable[[Task], bool] = lambda task: False
+    outcomes: Iterable[Outcome],
+    tasks: Sequence[Task],
+    log: Log,
+    is_there: Callable[[Task], bool] = lambda task: False,
+    describe: Callable[[Sequence[tuple[int, int]]], str] = describe_ranges,
 ) -> None:
     """Take up all outcomes, write them down, and tell at the end what is missing.
 
@@ -92,12 +96,18 @@ def gather(
     is_there
         Whether the shards of a task are on the disk, although nobody has told so: its worker, or the way to it, may
         have been lost just after.
+    describe
+        Says in words which steps ranges cover.
 
     Raises
     ------
     IncompleteError
         If any task was not finished: why, and which steps have no shard.
     """
+
+    def words(tasks: Iterable[Task]) -> str:
+        return describe(sorted((task.start, task.stop) for task in tasks))
+
     finished: set[Task] = set()
     failed: dict[str, list[Task]] = {}
     stalled = ""
@@ -105,11 +115,11 @@ def gather(
         for outcome in outcomes:
             if isinstance(outcome, Receipt):
                 finished.add(outcome.task)
-                log.write(f"finished {_steps([outcome.task])}: {', '.join(outcome.files)}")
+                log.write(f"finished {words([outcome.task])}: {', '.join(outcome.files)}")
                 continue
-            log.write(f"failed {_steps([outcome.task])}: {outcome.reason}\n{outcome.trace}".rstrip())
+            log.write(f"failed {words([outcome.task])}: {outcome.reason}\n{outcome.trace}".rstrip())
             if outcome.again:
-                commandline.say(f"{_steps([outcome.task])}: {outcome.reason}; once more, in another process")
+                commandline.say(f"{words([outcome.task])}: {outcome.reason}; once more, in another process")
                 continue
             if outcome.trace and outcome.reason not in failed:
                 commandline.say(outcome.trace.rstrip())
@@ -122,13 +132,9 @@ def gather(
         log.write(stalled)
     missing = [task for task in dict.fromkeys(tasks) if task not in finished and not is_there(task)]
     if missing:
-        reasons = [f"{reason} ({_steps(of)})" for reason, of in failed.items()] + [stalled] * bool(stalled)
+        reasons = [f"{reason} ({words(of)})" for reason, of in failed.items()] + [stalled] * bool(stalled)
         message = (
-            f"{'; '.join(reasons)}; missing: {_steps(missing)}. What is finished is kept; "
+            f"{'; '.join(reasons)}; missing: {words(missing)}. What is finished is kept; "
             "the same command does what is missing"
         )
         raise IncompleteError(message)
-
-
-def _steps(tasks: Iterable[Task]) -> str:
-    return describe_ranges(sorted((task.start, task.stop) for task in tasks))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recorder.errors import MismatchError
+from recorder.manifest import CHORD
 from replay.dropout import RECORDED
 from replay.repetition import sixteen_bit_dtype
 from replay.selfcheck import LOSS_TOLERANCE, same
@@ -103,7 +104,7 @@ def check_recipe(opened: Replayer, names: Collection[str]) -> list[str]:
     if not wanted:
         return []
     on = ", ".join(dict.fromkeys(wanted))
-    return [f"two passes over step {opened.run.steps[0]} on {on} agree bit for bit", *compared]
+    return [f"two passes over {_place(opened.run)} on {on} agree bit for bit", *compared]
 
 
 def check_two_passes(
@@ -153,7 +154,7 @@ def check_two_passes(
             f"most of all that of {worst!r}"
         )
     message = (
-        f"{run.path}: self-check, two passes: computed twice, the loss on {name} at the start of step {t} is "
+        f"{run.path}: self-check, two passes: computed twice, the loss on {name} at the start of {_place(run)} is "
         f"{first.loss!r} and {second.loss!r} nats, and the same was expected; they differ by "
         f"{abs(second.loss - first.loss):.3g}{of_gradient}. A rerun would give other shards. Likely causes: "
         f"{_CAUSES_RECORDED if recorded else _CAUSES_OFF}; {_CAUSES_KERNELS}"
@@ -215,3 +216,8 @@ def check_recorded_loss(run: Run, evaluation: Evaluation, precision: Precision) 
     rounding = "" if coarsest is None else f" of {str(coarsest).removeprefix('torch.')}"
     how = "bit for bit" if evaluation.loss == measured else f"within rounding{rounding}"
     return f"with dropout as recorded the loss of step {step.step} is the training's {how}"
+
+
+def _place(run: Run) -> str:
+    t = run.steps[0]
+    return f"the checkpoint after {run.updates(t)[0]} updates" if run.manifest.path == CHORD else f"step {t}"

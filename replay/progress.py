@@ -15,7 +15,7 @@ from replay.outcomes import Failure, Outcome
 SECONDS_BETWEEN_LINES = 30.0
 
 
-def with_progress(outcomes: Iterable[Outcome], tasks: Sequence[Task]) -> Iterator[Outcome]:
+def with_progress(outcomes: Iterable[Outcome], tasks: Sequence[Task], noun: str = "step") -> Iterator[Outcome]:
     """Pass outcomes through while showing how many steps are done.
 
     Parameters
@@ -24,6 +24,8 @@ def with_progress(outcomes: Iterable[Outcome], tasks: Sequence[Task]) -> Iterato
         As the runner gives them.
     tasks
         All that is to do; more may be added while outcomes come.
+    noun
+        What a task consists of.
 
     Yields
     ------
@@ -35,7 +37,7 @@ def with_progress(outcomes: Iterable[Outcome], tasks: Sequence[Task]) -> Iterato
         TextColumn("replay"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps"),
+        TextColumn(f"{noun}s"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -52,7 +54,7 @@ def with_progress(outcomes: Iterable[Outcome], tasks: Sequence[Task]) -> Iterato
             progress.update(bar, completed=done, total=steps)
             if not console.is_terminal and (done == steps or time.monotonic() - said > SECONDS_BETWEEN_LINES):
                 said = time.monotonic()
-                commandline.say(f"replay: {done} of {steps} steps")
+                commandline.say(f"replay: {done} of {steps} {noun}s")
             yield outcome
 
 

@@ -12,6 +12,7 @@ import itertools
 import math
 
 from recorder.errors import UsageError
+from recorder.manifest import CHORD
 
 _EXACT = 1e-14
 
@@ -230,6 +231,37 @@ RULES: dict[str, Rule | AdaptiveRule] = {
         ADAPTIVE,
     )
 }
+
+
+CHORD_PIECES = 128
+"""As many as an interval between checkpoints far apart may be cut into: it bends more than one update does."""
+
+
+def rule_for(name: str, path: str) -> Rule | AdaptiveRule:
+    """Find the rule for the steps of a path.
+
+    Parameters
+    ----------
+    name
+        One of `RULES`.
+    path
+        ``recorded`` or ``chord``.
+
+    Returns
+    -------
+    Rule or AdaptiveRule
+        The rule; along a chord the adaptive one may go on to `CHORD_PIECES`. A `UsageError` tells if there is none of
+        that name.
+
+    Examples
+    --------
+    >>> [rule_for("adaptive", path).most_pieces for path in ("recorded", "chord")]
+    [16, 128]
+    """
+    rule = rule_named(name)
+    if path == CHORD and isinstance(rule, AdaptiveRule):
+        return dataclasses.replace(rule, most_pieces=CHORD_PIECES)
+    return rule
 
 
 def rule_named(name: str) -> Rule | AdaptiveRule:

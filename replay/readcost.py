@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from recorder.chordrun import ChordRun
 from recorder.segments import Segment, SegmentName, list_segments, segment_file
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def readings(run: Run, tasks: Sequence[Task], *, afresh: bool) -> Iterator[Readi
     Reading
         Of each task. A `DamagedFileError` tells if the header of a segment is damaged.
     """
+    if isinstance(run, ChordRun):
+        yield from _of_checkpoints(run, tasks, afresh=afresh)
+        return
 
     @functools.lru_cache(maxsize=2)
     def stored(name: SegmentName) -> tuple[dict[int, int], dict[int, int]]:
@@ -76,6 +80,15 @@ def readings(run: Run, tasks: Sequence[Task], *, afresh: bool) -> Iterator[Readi
             states += len(decoded)
             at = name, t
         yield Reading(bytes=size, states=states)
+
+
+def _of_checkpoints(run: ChordRun, tasks: Sequence[Task], *, afresh: bool) -> Iterator[Reading]:
+    # Each checkpoint stands whole; whoever reads on has the first one of a task already.
+    last = None
+    for task in tasks:
+        first = task.start + (not afresh and last == task.start)
+        yield Reading(bytes=sum(run.stored_bytes(k) for k in range(first, task.stop + 1)), states=task.stop + 1 - first)
+        last = task.stop
 
 
 def _of_other_processes(run: Run, tasks: Sequence[Task]) -> dict[tuple[int, int], int]:

@@ -48,6 +48,7 @@ class Rows:
         self._spread: dict[str, npt.NDArray[Any]] = {}
         self._counts: npt.NDArray[Any] | None = None
         self._pieces: dict[int, int] = {}
+        self._updates: list[tuple[int, int]] = []
 
     def add(self, step: Step, allocation: Allocation) -> None:
         """Fill the next row.
@@ -85,6 +86,8 @@ class Rows:
                 self._per_unit[quantity][name][row] = getattr(sums, quantity)
             for quantity in PER_PARAMETER:
                 self._per_parameter[quantity][name][row] = getattr(sums, quantity)
+        if step.updates is not None:
+            self._updates.append(step.updates)
         if allocation.pieces > 1:
             self._pieces[step.step] = allocation.pieces
         if allocation.spread is not None:
@@ -114,5 +117,6 @@ class Rows:
             per_parameter=self._per_parameter,
             spread=self._spread,
             counts=self._counts,
+            updates=np.array(self._updates, dtype=np.int64) if self._updates else None,
             pieces=self._pieces,
         )

@@ -14,7 +14,7 @@ import numpy as np
 from recorder import tensorfile
 from recorder.errors import FormatError
 from recorder.table import Parameter
-from replay.columns import COUNTS, PER_PARAMETER, PER_STEP, PER_UNIT, SPREAD, Shard, spread_shape
+from replay.columns import COUNTS, PER_PARAMETER, PER_STEP, PER_UNIT, SPREAD, UPDATES, Shard, spread_shape
 from replay.settings import VERSION
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def write_shard(
         for row in rows:
             key = f"{SPREAD}/{row.name}"
             tensors[key] = _checked(key, shard.spread[row.name], spread_shape(row, shape), np.float64)
+    if shard.updates is not None:
+        tensors[UPDATES] = _checked(UPDATES, shard.updates, (steps, 2), np.int64)
     facts = {
         "format": FORMAT,
         "version": VERSION,
@@ -140,6 +142,7 @@ def read_shard(file: tensorfile.TensorFile, trained: Iterable[Parameter]) -> Sha
         per_parameter=by_parameter(PER_PARAMETER),
         spread=by_parameter([SPREAD])[SPREAD] if sampled else {},
         counts=file.array(COUNTS) if sampled else None,
+        updates=file.array(UPDATES) if UPDATES in file.names else None,
         pieces=dict(file.facts.get("pieces", [])),
     )
 
@@ -158,6 +161,25 @@ def read_per_step(file: tensorfile.TensorFile) -> dict[str, npt.NDArray[Any]]:
         The arrays of `PER_STEP`.
     """
     return {name: file.array(name) for name in PER_STEP}
+
+
+def read_updates(file: tensorfile.TensorFile) -> npt.NDArray[np.int64]:
+    """Read of a shard after how many updates each of its steps begins and ends.
+
+    Parameters
+    ----------
+    file
+        From `open_shard`.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64 of shape (steps, 2).
+    """
+    if UPDATES in file.names:
+        return file.array(UPDATES)
+    step = file.array("step")
+    return np.stack([step, step + 1], axis=1)
 
 
 def _checked(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:

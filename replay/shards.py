@@ -24,7 +24,7 @@ from recorder.errors import FormatError, UsageError
 from recorder.table import ATTENTION_COMPONENTS, COMPONENTS, MODEL_LAYER, Parameter, Part
 from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, Status
 from replay.settings import VERSION, Settings
-from replay.shardfile import FORMAT, open_shard, read_per_step, read_shard, write_shard
+from replay.shardfile import FORMAT, open_shard, read_per_step, read_shard, read_updates, write_shard
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -355,6 +355,21 @@ class ShardFolder:
             The arrays of `PER_STEP`.
         """
         return read_per_step(self._open_shard(start, stop))
+
+    def updates(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Read after how many updates the steps of a shard begin and end.
+
+        Parameters
+        ----------
+        start, stop
+            One of the ranges of `finished`.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 of shape (steps, 2); t and t + 1 for step t of a recorded run.
+        """
+        return read_updates(self._open_shard(start, stop))
 
     def _open_shard(self, start: int, stop: int) -> tensorfile.TensorFile:
         return open_shard(self.file(start, stop), settings=self.settings.hash, start=start, stop=stop)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from recorder.manifest import CHORD
 from replay.columns import Status
 from replay.shards import ShardFolder
 
@@ -26,13 +27,15 @@ class Summary:
     residual_median, residual_p99, residual_worst
         Of |residual|, in nats; NaN where no step was checked.
     worst_step
-        The step of the worst residual; None where no step was checked.
+        The step of the worst residual, or the updates before the worst interval; None where no step was checked.
     cumulative_residual
         Σ residual over the steps, in nats.
     cumulative_change
         Σ |ΔL| over the steps, in nats.
     evaluations
         Gradient evaluations.
+    noun
+        What the entries are of: a step, or an interval between checkpoints.
     """
 
     steps: int
@@ -45,11 +48,16 @@ class Summary:
     cumulative_residual: float
     cumulative_change: float
     evaluations: int
+    noun: str = "step"
 
     @property
     def balanced(self) -> bool:
         """Whether every entry converged that was checked; one that is not finite is told in any case."""
         return self.counts[Status.CONVERGED] + self.counts[Status.NOT_CHECKED] == self.steps
+
+    @property
+    def _worst(self) -> str:
+        return f"{self.noun} {self.worst_step}" if self.noun == "step" else f"the one from update {self.worst_step}"
 
     def lines(self, name: str) -> list[str]:
         """Say it in two lines.
@@ -67,16 +75,19 @@ class Summary:
         counts = ", ".join(f"{count} {status.name.lower()}" for status, count in self.counts.items() if count)
         share = abs(self.cumulative_residual) / self.cumulative_change if self.cumulative_change else 0.0
         checked = self.steps - self.counts[Status.NOT_CHECKED]
-        over = "" if checked == self.steps else f" over the {checked} checked steps"
+        over = "" if checked == self.steps else f" over the {checked} checked {self.noun}s"
         totals = f"ΔL {self.change:+.4f} nat{over}, {self.evaluations} gradient evaluations"
         if not checked:
             totals = f"{self.evaluations} gradient evaluations"
-            return [f"{name}: {self.steps} steps ({counts}), {totals}", f"{name}: no step's residual was taken"]
+            return [
+                f"{name}: {self.steps} {self.noun}s ({counts}), {totals}",
+                f"{name}: no {self.noun}'s residual was taken",
+            ]
         residuals = (
             f"|residual| median {self.residual_median:.1e}, 99th percentile {self.residual_p99:.1e}, worst "
-            f"{self.residual_worst:.1e} nat at step {self.worst_step}; cumulative {share:.1e} of Σ|ΔL|"
+            f"{self.residual_worst:.1e} nat at {self._worst}; cumulative {share:.1e} of Σ|ΔL|"
         )
-        return [f"{name}: {self.steps} steps ({counts}), {totals}", f"{name}: {residuals}"]
+        return [f"{name}: {self.steps} {self.noun}s ({counts}), {totals}", f"{name}: {residuals}"]
 
 
 def summarise(folder: ShardFolder) -> Summary:
@@ -93,10 +104,11 @@ def summarise(folder: ShardFolder) -> Summary:
         The books.
     """
     shards = [folder.read_per_step(start, stop) for start, stop in folder.finished()]
-    step, status, residual, start, end, evaluations = (
+    status, residual, start, end, evaluations = (
         np.concatenate([shard[name] for shard in shards])
-        for name in ("step", "status", "residual", "loss_start", "loss_end", "evaluations")
+        for name in ("status", "residual", "loss_start", "loss_end", "evaluations")
     )
+    step = np.concatenate([folder.updates(first, last)[:, 0] for first, last in folder.finished()])
     counts = {member: int((status == member).sum()) for member in Status}
     checked = status != Status.NOT_CHECKED
     step, residual, start, end = (column[checked] for column in (step, residual, start, end))
@@ -119,4 +131,5 @@ def summarise(folder: ShardFolder) -> Summary:
         cumulative_residual=float(cumulative_residual),
         cumulative_change=float(np.abs(change).sum()),
         evaluations=int(evaluations.sum()),
+        noun="interval" if folder.settings.path == CHORD else "step",
     )

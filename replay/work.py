@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from recorder.chordrun import open_run
 from recorder.loading import load_workload
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
@@ -30,7 +31,7 @@ from replay.job import Job, Receipt, Task
 from replay.ledger import ledger, sharers
 from replay.precision import fitting, precision_named
 from replay.products import Projection
-from replay.quadrature import rule_named
+from replay.quadrature import rule_for
 from replay.reading import ReadAhead, RecordedStep
 from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
@@ -61,8 +62,8 @@ class Replayer:
         torch.set_num_threads(job.threads)
         kernels.rule_out_inexact()
         self.job = job
-        self.run = Run(Path(job.run))
-        self.rule = rule_named(job.rule)
+        self.run = open_run(Path(job.run))
+        self.rule = rule_for(job.rule, self.run.manifest.path)
         self.parameters = ledger(self.run.manifest.parameters, job.whole)
         self.trained = tuple(row for row in self.parameters if row.trained)
         self._sharers = sharers(self.trained)
@@ -258,7 +259,7 @@ class Replayer:
         if any(start <= task.start and task.stop <= stop for start, stop in self.run.consecutive):
             return
         # Whoever gave the task has seen more of the run; with the table of this job, whatever came later.
-        run = Run(self.run.path)
+        run = open_run(self.run.path)
         run.manifest = dataclasses.replace(run.manifest, parameters=self.run.manifest.parameters)
         self.take_up(run)
 

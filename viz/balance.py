@@ -75,7 +75,10 @@ def plot_balance(cubes: Mapping[str, xr.Dataset]) -> Figure:
         for start in range(0, len(names), ACROSS)
     ]
     head_heights = [style.LINE * (1 + max((len(heads.get(key, ())) for key in row), default=0)) + 0.08 for row in rows]
-    caption = style.wrapped(_caption(list(books.values())), style.PAGE_WIDTH - 2 * style.MARGIN)
+    caption = style.wrapped(
+        _caption(list(books.values()), [str(cube.attrs["path"]) for cube in cubes.values()]),
+        style.PAGE_WIDTH - 2 * style.MARGIN,
+    )
     below_head = ABOVE + BETWEEN + BENEATH + FOOT
     height = TOP + sum(head_heights) + below_head * len(rows) + style.LINE * len(caption) + style.MARGIN
     with style.styled():
@@ -115,7 +118,7 @@ def _head(cube: xr.Dataset, data: str, book: xr.Dataset) -> str:
     )
 
 
-def _caption(books: Sequence[xr.Dataset]) -> str:
+def _caption(books: Sequence[xr.Dataset], paths: Sequence[str]) -> str:
     sentences = [
         "Above: LCA summed over all parameters (dots) must follow ΔL, the measured change of the loss (line).",
         "Beneath: |residual| = |Σ LCA \N{MINUS SIGN} ΔL| against the tolerance.",
@@ -131,7 +134,7 @@ def _caption(books: Sequence[xr.Dataset]) -> str:
         sentences.append("Steps whose losses were not measured have a dot above and nothing beneath.")
     if _any(books, "status", "missing"):
         sentences.append("Steps that were not replayed leave a gap.")
-    return " ".join(sentences)
+    return " ".join((*sentences, *wording.of_paths(paths)))
 
 
 def _any(books: Sequence[xr.Dataset], name: str, value: object) -> bool:

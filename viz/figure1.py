@@ -62,7 +62,7 @@ def plot_figure1(cubes: Mapping[str, xr.Dataset], *, data: str) -> Figure:
         label: style.wrapped(_account(select.totals(cube, data), arranged[label]), usable)
         for label, cube in rows.items()
     }
-    caption = style.wrapped(_caption(data), usable)
+    caption = style.wrapped(_caption(data, [str(cube.attrs["path"]) for cube in rows.values()]), usable)
     row_head = ROW_HEAD + style.LINE * max(map(len, accounts.values()))
     row_height = row_head + ROW + ROW_FOOT
     with style.styled():
@@ -78,12 +78,13 @@ def plot_figure1(cubes: Mapping[str, xr.Dataset], *, data: str) -> Figure:
     return figure
 
 
-def _caption(data: str) -> str:
-    return (
+def _caption(data: str, paths: Sequence[str]) -> str:
+    sentences = (
         f"{wording.SIGN} The loss is {wording.meaning(data)}. Each bar is one layer's weights and biases of the "
         "component, from the lowest layer on the left; the number beside a component is the sum of its bars, in nats. "
         "Embeddings, positions, norms and the output layer stand in the table: their scale is another."
     )
+    return " ".join((sentences, *wording.of_paths(paths)))
 
 
 def _account(totals: select.Totals, halves: tuple[xr.DataArray, xr.DataArray]) -> str:

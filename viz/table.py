@@ -132,7 +132,10 @@ def totals_table(cubes: Mapping[str, xr.Dataset]) -> Table:
         )
         for flag in flags
     ]
-    notes = tuple(f"{data}: the loss is {wording.meaning(data)}." for data in names)
+    notes = (
+        *(f"{data}: the loss is {wording.meaning(data)}." for data in names),
+        *wording.of_paths(totals.path for totals in every),
+    )
     return Table(columns=tuple(columns), rows=tuple(rows), notes=notes)
 
 

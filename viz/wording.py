@@ -5,6 +5,8 @@ Both decide what a number means, so no figure and no table goes without them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from viz.select import COUNTED, Totals
 
 MEANINGS = {
@@ -16,7 +18,31 @@ PATHS = {
     "recorded": "path recorded",
     "chord": "path chord (straight between checkpoints)",
 }
+CHORD = "chord"
+INTERVALS = "Of a run of path chord a step is the interval between two checkpoints, at the update where it begins."
+SIDE_BY_SIDE = (
+    "Runs of path recorded and of path chord stand side by side: their totals compare, for on the same loss data they "
+    "do not depend on the path; how a total is split over components does."
+)
 SIGN = "Negative: this part lowered the loss."
+
+
+def of_paths(paths: Iterable[str]) -> tuple[str, ...]:
+    """Say what a reader must know where runs are shown that are not recorded ones, or not all of one path.
+
+    Parameters
+    ----------
+    paths
+        Of all runs that are shown.
+
+    Returns
+    -------
+    tuple of str
+        Sentences; none where all runs are recorded.
+    """
+    different = set(paths)
+    chord = (INTERVALS,) if CHORD in different else ()
+    return (*chord, SIDE_BY_SIDE) if len(different) > 1 else chord
 
 
 def meaning(data: str) -> str:
@@ -62,9 +88,11 @@ def steps(totals: Totals) -> str:
     Returns
     -------
     str
-        Such as ``200 steps, all converged`` or ``200 steps: 197 converged, 3 tolerance not met``.
+        Such as ``200 steps, all converged`` or ``200 steps: 197 converged, 3 tolerance not met``; of checkpoints
+        such as ``20 intervals, all converged``.
     """
-    number = f"{totals.steps:,} step" + ("" if totals.steps == 1 else "s")
+    noun = "interval" if totals.path == CHORD else "step"
+    number = f"{totals.steps:,} {noun}" + ("" if totals.steps == 1 else "s")
     if totals.statuses["converged"] == totals.steps:
         return f"{number}, all converged"
     parts = [

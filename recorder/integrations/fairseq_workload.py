@@ -22,6 +22,7 @@ from recorder.manifest import Trainer
 from recorder.steps import MicroBatch, Step
 from recorder.workload import RepeatedUpdate
 
+import fairseq  # isort: skip (importable once the shim has run)
 from fairseq import tasks, utils  # isort: skip (importable once the shim has run)
 from fairseq.data import data_utils  # isort: skip
 from fairseq.trainer import Trainer as FairseqTrainer  # isort: skip
@@ -36,7 +37,7 @@ class FairseqWorkload:
     Parameters
     ----------
     run
-        The run's folder.
+        The run's folder, whose copies of the dictionaries are used; None to take those that lie with the data.
     trainer
         The manifest's entry.
     data
@@ -45,12 +46,12 @@ class FairseqWorkload:
         Whether the recorded ``--user-dir`` may be imported.
     """
 
-    def __init__(self, run: Path, trainer: Trainer, *, data: str | None, run_user_code: bool) -> None:
+    def __init__(self, run: Path | None, trainer: Trainer, *, data: str | None, run_user_code: bool) -> None:
         self._arguments = trainer.arguments
         self._config = fairseq_config(trainer.arguments, Path(trainer.directory), run_user_code=run_user_code)
         self._data = data or self._config.task.data
         self._data_task: Any = None
-        self._config.task.data = str(run / DICTIONARIES_FOLDER)
+        self._config.task.data = self._data if run is None else str(run / DICTIONARIES_FOLDER)
         # The updates of several processes are done again in this one.
         self._config.distributed_training.distributed_world_size = 1
         with quietly():
@@ -268,6 +269,28 @@ class FairseqWorkload:
         if micro_batch.stored:
             return micro_batch.batch()
         return self.batch(micro_batch.indices.tolist(), split="train", epoch=step.epoch)
+
+
+def fairseq_workload(arguments: Sequence[str], directory: Path | str = ".") -> FairseqWorkload:
+    """Rebuild a fairseq training that was not recorded, from the arguments it was started with.
+
+    For a workload of one's own, to import its checkpoints with.
+
+    Parameters
+    ----------
+    arguments
+        The command line, without ``fairseq-train``; a ``--user-dir`` among them is imported.
+    directory
+        Where relative paths in the arguments start.
+
+    Returns
+    -------
+    FairseqWorkload
+        The workload.
+    """
+    place = str(Path(directory).absolute())
+    trainer = Trainer(name="fairseq", version=fairseq.__version__, arguments=tuple(arguments), directory=place)
+    return FairseqWorkload(None, trainer, data=None, run_user_code=True)
 
 
 def _permute_rows(sample: Any, order: torch.Tensor) -> Any:

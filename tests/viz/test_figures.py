@@ -19,6 +19,7 @@ from viz import select, style
 from viz.figures import plot_balance, plot_figure1
 from viz.panels import ATTENTION, FEED_FORWARD, bars
 from viz.saving import FORMATS, save_figure
+from viz.table import totals_table
 
 MakeCube = Callable[..., xr.Dataset]
 SHAPES = ["encoder-decoder", "decoder-only", "encoder-only"]
@@ -122,10 +123,32 @@ def test_caption_says_what_decides_the_meaning_of_a_number(make_cube: MakeCube) 
     assert "measured on each update's own batch" in text
     assert text.count("Negative: this part lowered the loss.") == 1
     assert "path recorded; 40 steps, all converged" in text
-    assert "path chord (straight between checkpoints); 40 steps, all converged" in text
+    assert "path chord (straight between checkpoints); 40 intervals, all converged" in text
     assert "measured on a fixed probe set" in _text(plot_figure1(cubes, data="probe"))
     named = _text(plot_figure1({"a": make_cube(data=("news",))}, data="news"))
     assert "the examples that the user named news" in named
+
+
+def test_recorded_runs_and_chords_side_by_side_come_with_a_warning(make_cube: MakeCube) -> None:
+    recorded, chord = make_cube(), make_cube(path="chord")
+    warning = "Runs of path recorded and of path chord stand side by side: their totals compare"
+    interval = "Of a run of path chord a step is the interval between two checkpoints"
+
+    def texts(cubes: dict[str, xr.Dataset]) -> list[str]:
+        # The notes of the table, and what both figures say, without their line breaks.
+        figures = (plot_figure1(cubes, data="batch"), plot_balance(cubes))
+        drawn = [" ".join(_text(figure).split()) for figure in figures]
+        return [" ".join(totals_table(cubes).notes), *drawn]
+
+    for text in texts({"a": recorded, "b": chord}):
+        assert warning in text
+        assert interval in text
+    for text in texts({"a": chord, "b": chord}):
+        assert warning not in text
+        assert interval in text
+    for text in texts({"a": recorded}):
+        assert warning not in text
+        assert interval not in text
 
 
 def test_figure1_names_the_steps_that_missed(make_cube: MakeCube) -> None:
