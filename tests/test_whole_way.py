@@ -74,7 +74,11 @@ def test_the_books_of_the_demo_balance_at_every_step(demo: tuple[Path, str], nam
 def test_every_parameter_of_the_demo_is_in_a_cell_of_its_own_component(demo: tuple[Path, str], name: str) -> None:
     run = demo[0] / "runs" / name
     manifest, cube = Manifest.read(run), open_cube(run / "lca.nc")
-    assert int(cube["n_parameters"].sum()) == sum(parameter.size for parameter in manifest.trained)
+    entries = cube["n_parameters"] - cube["n_tied"]
+    assert int(entries.sum()) == sum(parameter.size for parameter in manifest.trained)
+    tied = sum(parameter.size for parameter in manifest.trained if parameter.uses)
+    assert tied
+    assert int(cube["n_tied"].sum()) == tied == int(cube["n_tied"].sel(component="output").sum())
     assert int(cube["n_parameters"].sel(component="other").sum()) == 0
     assert cube.sizes["head"] == 8
     # What fairseq's encoder layers hold in vain is neither recorded with the steps nor counted.
