@@ -1,102 +1,33 @@
-"""From a live module to the parameter table: names, aliases, and by a table of rules layer, component and heads.
-
-The rules are data: one TOML file for each model family in the folder naming/. Nothing else in lossledger reads
-meaning from a parameter's name.
-"""
+"""From a live module to the parameter table: names, aliases, uses of tied weights; by naming rules the rest."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import tomllib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from recorder.errors import FormatError
-from recorder.table import MODEL_LAYER, Parameter
+from recorder.namingrules import NamingRule, naming_rules, parse_naming_rules
+from recorder.placing import Place, find_places
+from recorder.table import Parameter
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
+__all__ = [
+    "NamingRule",
+    "UnmappedParameterWarning",
+    "naming_rules",
+    "parameter_table",
+    "parse_naming_rules",
+    "warn_of_unmapped",
+]
+
+
 class UnmappedParameterWarning(UserWarning):
     """A trained parameter matched no naming rule and went to component ``other``."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class NamingRule:
-    """One line of a family's table: which names it covers, and what they are.
-
-    Parameters
-    ----------
-    pattern
-        Matched against the whole name. Its groups ``stack`` and ``depth`` give the layer; ``attention`` names the
-        module that has the attribute `heads`.
-    component
-        One of `recorder.table.COMPONENTS`.
-    unit_axis
-        The axis whose slices are units.
-    heads
-        Attribute of the attention module that holds its number of heads; None where the parameter has none.
-    """
-
-    pattern: re.Pattern[str]
-    component: str
-    unit_axis: int = 0
-    heads: str | None = None
-
-
-def naming_rules() -> tuple[NamingRule, ...]:
-    """Read the rules of every family, in the order in which they are tried.
-
-    Returns
-    -------
-    tuple of NamingRule
-        The rules of all files in naming/.
-    """
-    files = sorted(
-        (entry for entry in resources.files("recorder").joinpath("naming").iterdir() if entry.name.endswith(".toml")),
-        key=lambda entry: entry.name,
-    )
-    return tuple(rule for file in files for rule in parse_naming_rules(file.read_text(encoding="utf-8"), file.name))
-
-
-def parse_naming_rules(text: str, source: str) -> tuple[NamingRule, ...]:
-    """Parse a table of naming rules.
-
-    Parameters
-    ----------
-    text
-        TOML, as described at the head of naming/fairseq.toml.
-    source
-        Where the text is from, for error messages.
-
-    Returns
-    -------
-    tuple of NamingRule
-        The rules in the file's order.
-
-    Raises
-    ------
-    FormatError
-        If a rule has an unknown field, lacks one, or its pattern is no regular expression.
-    """
-    document = tomllib.loads(text)
-    fragments: dict[str, str] = document.get("fragments", {})
-    rules = []
-    for number, row in enumerate(document.get("rule", []), start=1):
-        pattern = row.pop("pattern", "")
-        for name, fragment in fragments.items():
-            pattern = pattern.replace(f"{{{name}}}", fragment)
-        try:
-            rules.append(NamingRule(pattern=re.compile(pattern), **row))
-        except (re.error, TypeError) as error:
-            message = f"{source}: naming rule {number} is not understood: {error}"
-            raise FormatError(message) from error
-    return tuple(rules)
 
 
 def parameter_table(
@@ -112,7 +43,8 @@ def parameter_table(
     model
         The live module; head counts are read from it, never guessed.
     rules
-        The naming rules; by default those of `naming_rules`.
+        The naming rules, the first that applies decides; by default those of `naming_rules`. Of a rule that is not
+        `optional` a `FormatError` tells where it does not fit the model.
     masters
         Parameter name to the tensor that is recorded for it, where that is not the model's own; the row then has its
         dtype, and the model's beside it where that is another.
@@ -120,30 +52,30 @@ def parameter_table(
     Returns
     -------
     tuple of Parameter
-        In the order of ``model.named_parameters()``. Frozen tensors (``requires_grad`` false) are ``untrained``.
+        In the order of ``model.named_parameters()``. Frozen tensors (``requires_grad`` false) are ``untrained``. Tied
+        tensors whose names belong to several cells have their `uses`.
     """
-    rules = naming_rules() if rules is None else rules
     masters = masters or {}
     names: dict[int, list[str]] = {}
     tensors = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
+    shapes = {name: tuple(tensors[key].shape) for key, of_tensor in names.items() for name in of_tensor}
+    places = find_places(model, shapes, naming_rules() if rules is None else rules)
     table = []
-    for key, (name, *aliases) in names.items():
+    for key, of_tensor in names.items():
         tensor = tensors[key]
-        dtype, model_dtype = _dtype_name(masters.get(name, tensor)), _dtype_name(tensor)
-        table.append(
-            Parameter(
-                name=name,
-                aliases=tuple(aliases),
-                shape=tuple(tensor.shape),
-                dtype=dtype,
-                model_dtype=None if model_dtype == dtype else model_dtype,
-                status="trained" if tensor.requires_grad else "untrained",
-                **_place(model, name, rules),
-            )
+        dtype, model_dtype = _dtype_name(masters.get(of_tensor[0], tensor)), _dtype_name(tensor)
+        row = Parameter(
+            name=of_tensor[0],
+            aliases=tuple(of_tensor[1:]),
+            shape=tuple(tensor.shape),
+            dtype=dtype,
+            model_dtype=None if model_dtype == dtype else model_dtype,
+            status="trained" if tensor.requires_grad else "untrained",
         )
+        table.append(_placed(row, _uses(model, of_tensor, places)))
     return tuple(table)
 
 
@@ -151,20 +83,36 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _place(model: nn.Module, name: str, rules: Iterable[NamingRule]) -> dict[str, Any]:
-    for rule in rules:
-        match = rule.pattern.fullmatch(name)
-        if match is None:
-            continue
-        groups = match.groupdict()
-        place: dict[str, Any] = {"component": rule.component, "unit_axis": rule.unit_axis}
-        if groups.get("depth") is not None:
-            stack, depth = groups["stack"], int(groups["depth"])
-            place |= {"layer": f"{stack}.{depth}", "stack": stack, "depth": depth}
-        if rule.heads is not None:
-            place["heads"] = int(getattr(model.get_submodule(groups["attention"]), rule.heads))
-        return place
-    return {"component": "other", "layer": MODEL_LAYER}
+def _uses(model: nn.Module, names: Sequence[str], places: Mapping[str, Place]) -> list[tuple[Place, list[str]]]:
+    # Several names of one module (a layer that stands in the model twice) are one slot, and so one use.
+    slots: dict[tuple[int, str], list[str]] = {}
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        slots.setdefault((id(model.get_submodule(module)), attribute), []).append(name)
+    uses: dict[tuple[str, ...], tuple[Place, list[str]]] = {}
+    unknown = []
+    for slot in slots.values():
+        place = next((places[name] for name in slot if places[name].component != "other"), None)
+        if place is None:
+            unknown.extend(slot)
+        else:
+            uses.setdefault(place.cell, (place, []))[1].extend(slot)
+    (first, known), *others = uses.values() or [(places[names[0]], [])]
+    return [(first, [name for name in names if name in {*known, *unknown}]), *others]
+
+
+def _placed(row: Parameter, uses: Sequence[tuple[Place, Sequence[str]]]) -> Parameter:
+    rows = [
+        dataclasses.replace(
+            row,
+            name=name,
+            aliases=tuple(aliases),
+            tied_to=None if name == row.name else row.name,
+            **place.fields(),
+        )
+        for place, (name, *aliases) in uses
+    ]
+    return dataclasses.replace(rows[0], aliases=row.aliases, uses=tuple(rows) if len(rows) > 1 else ())
 
 
 def warn_of_unmapped(table: Iterable[Parameter]) -> None:
@@ -177,5 +125,8 @@ def warn_of_unmapped(table: Iterable[Parameter]) -> None:
     """
     unmapped = [parameter.name for parameter in table if parameter.trained and parameter.component == "other"]
     if unmapped:
-        message = f"{len(unmapped)} parameters match no naming rule and go to component 'other': {', '.join(unmapped)}"
+        message = (
+            f"{len(unmapped)} parameters match no naming rule and go to component 'other' (python -m recorder map RUN "
+            f"prints the table, --map FILE or map= of recorder.watch takes rules of yours): {', '.join(unmapped)}"
+        )
         warnings.warn(message, UnmappedParameterWarning, stacklevel=2)

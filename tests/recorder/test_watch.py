@@ -493,7 +493,7 @@ def test_parameters_outside_any_naming_rule_are_named_once_at_the_end(tmp_path: 
         record(tmp_path / "run", model, SGD(model.parameters(), lr=0.1), steps=2)
     (warning,) = caught
     assert warning.category is UnmappedParameterWarning
-    assert str(warning.message).endswith("component 'other': trunk.weight, trunk.bias, tied.bias")
+    assert str(warning.message).endswith("rules of yours): trunk.weight, trunk.bias, tied.bias")
 
 
 def test_buffers_that_training_changes_only_after_its_first_step_are_named(tmp_path: Path) -> None:
