@@ -26,11 +26,12 @@ from replay.passes import check_recipe, check_table
 from replay.progress import with_progress
 from replay.pruning import prune_finished
 from replay.selfcheck import check_update
+from replay.separation import opened_by_use
 from replay.serial import run_serially
 from replay.shards import FOLDER
 from replay.stale import remove_stale
 from replay.where import Where
-from replay.work import Replayer, replayer
+from replay.work import Replayer
 
 PRUNE_SECONDS = 10.0
 """Between two deletions of segments while the work goes on."""
@@ -71,17 +72,15 @@ def _replay(options: argparse.Namespace) -> int:
         run = open_run(options.run)
         job = arguments.job(options, run)
         chosen = where.chosen(options, job)
-        opened = replayer(job)
-        # An earlier replay of this process may have opened the run when it held less.
-        opened.take_up(run)
-        why_anew = _sit(options, opened, chosen)
+        opened, tied = opened_by_use(job, run)
+        why_anew = _sit(options, opened, chosen, tied)
         if not why_anew:
             break
         commandline.say(f"{run.path}: {why_anew}; the run is opened anew")
     return commandline.DONE if options.dry_run else conclude(opened, as_json=options.json)
 
 
-def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> str:
+def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where, tied: Sequence[str]) -> str:
     # Everything from one opening of the run; in words, why it must be opened anew.
     run, job = opened.run, opened.job
     outdated = dryrun.stale(opened) if options.dry_run else {}
@@ -115,7 +114,7 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where) -> str:
     report = check_update(run, opened.workload, data=opened.collates)
     # Only of what is to be computed: a rerun that finds everything done has nothing to check.
     work_on = set(opened.loss_data) if options.follow else {name for task in tasks for name in task.loss_data}
-    commandline.say(f"self-check: {'; '.join([report.text, *check_recipe(opened, work_on)])}")
+    commandline.say(f"self-check: {'; '.join([report.text, *tied, *check_recipe(opened, work_on)])}")
     if options.dry_run:
         dryrun.tell(opened, ours, tasks, chosen, outdated=outdated, again=options.overwrite, as_json=options.json)
         return ""

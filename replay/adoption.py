@@ -16,6 +16,7 @@ import numpy as np
 from recorder import commandline
 from recorder.errors import UsageError
 from recorder.ranges import describe_ranges, overlap
+from replay.columns import spread_shape
 from replay.shards import PER_PARAMETER, PER_UNIT, Shard, ShardFolder, folders
 
 if TYPE_CHECKING:
@@ -81,5 +82,5 @@ def _widened(shard: Shard, joined: Sequence[Parameter], steps: int) -> Shard:
             per_parameter[name][row.name] = np.full(steps, still[name], dtype)
     spread = dict(shard.spread)
     if shard.counts is not None:
-        spread |= {row.name: np.zeros_like(shard.counts) for row in joined}
+        spread |= {row.name: np.zeros(spread_shape(row, shard.counts.shape)) for row in joined}
     return dataclasses.replace(shard, per_unit=per_unit, per_parameter=per_parameter, spread=spread)

@@ -18,9 +18,9 @@ from replay.between import Between
 from replay.blocks import Combination
 from replay.columns import Status
 from replay.gradients import Evaluation, Theta
+from replay.products import dot
 from replay.quadrature import AdaptiveRule, Rule
 from replay.tolerance import Tolerance
-from replay.unitsums import dot
 
 
 def allocate(

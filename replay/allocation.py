@@ -12,8 +12,9 @@ from recorder.table import Parameter
 from replay.blocks import Combination
 from replay.columns import Status
 from replay.gradients import Evaluation
+from replay.products import dot
 from replay.tolerance import Tolerance
-from replay.unitsums import ParameterSums, dot, sum_parameters
+from replay.unitsums import ParameterSums, sum_parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +42,8 @@ class Allocation:
         Number of predictions of every micro-batch.
     spread
         Where asked for: parameter name to what every micro-batch gives to its LCA, times all predictions, as found at
-        the rule's node in the middle of the step; float64 of shape (micro-batches,).
+        the rule's node in the middle of the step; float64 of shape (micro-batches,), or (micro-batches, parts) where
+        one tensor holds several components.
     pieces
         Number of pieces of the micro-batch that was cut most to fit into memory, in any gradient evaluation; 1 where
         all fitted.

@@ -13,6 +13,7 @@ from recorder.errors import UsageError
 from replay import dropout, lossdata, where
 from replay.chunks import parse_windows
 from replay.job import Job
+from replay.ledger import SPLIT, WHOLE
 from replay.precision import PRECISIONS
 from replay.quadrature import ADAPTIVE, RULES
 from replay.settings import digest_of_table
@@ -83,6 +84,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="WINDOWS",
         help="keep also the LCA of every single entry, summed over windows of steps such as 0:100,100:1000, or over "
         "all; a window takes 8 bytes an entry for each loss data",
+    )
+    parsing.add_argument(
+        "--tied-weights",
+        choices=[SPLIT, WHOLE],
+        default=SPLIT,
+        help="split: where one tensor has several uses, such as embedding and output projection, tell the LCA of each "
+        "use; whole: the tensor as one parameter (default %(default)s)",
     )
     parsing.add_argument("--workload", metavar="MODULE:FUNCTION", help="what rebuilds the training; or 'recorded'")
     parsing.add_argument("--data", metavar="FOLDER", help="where fairseq's binarised data is now, if it has moved")
@@ -188,6 +196,7 @@ def job(options: argparse.Namespace, run: Run) -> Job:
             )
             raise UsageError(message)
         dropout.refuse_if_not_recorded(run, device)
+    tied = tuple(row.name for row in run.manifest.parameters if row.uses)
     asked = options.per_parameter
     windows = () if asked is None else parse_windows(asked, run.ever_recorded, growing=options.follow)
     return Job(
@@ -207,6 +216,7 @@ def job(options: argparse.Namespace, run: Run) -> Job:
         dropout=options.dropout,
         windows=windows,
         table=digest_of_table(run.manifest.parameters),
+        whole=tied if options.tied_weights == WHOLE else (),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,13 +21,20 @@ class Collector:
         The window and the steps of each part, in the order of steps.
     write
         Called with window, steps and sums of each part that is complete.
+    sharers
+        Rows of the ledger to the parameters whose entries they share (`replay.ledger.sharers`): the LCA of an entry of
+        a tied parameter is the sum over its uses.
     """
 
     def __init__(
-        self, wanted: Sequence[tuple[Range, Range]], write: Callable[[Range, Range, dict[str, torch.Tensor]], None]
+        self,
+        wanted: Sequence[tuple[Range, Range]],
+        write: Callable[[Range, Range, dict[str, torch.Tensor]], None],
+        sharers: Mapping[str, str] | None = None,
     ) -> None:
         self._wanted = list(wanted)
         self._write = write
+        self._sharers = dict(sharers or {})
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, t: int, allocation: Allocation) -> None:
@@ -44,7 +51,8 @@ class Collector:
             return
         for name in allocation.gradient:
             lca = allocation.lca(name)
-            self._sums[name] = self._sums[name].add_(lca) if name in self._sums else lca
+            owner = self._sharers.get(name, name)
+            self._sums[owner] = self._sums[owner].add_(lca) if owner in self._sums else lca
         window, (_, stop) = self._wanted[0]
         if stop == t + 1:
             _, piece = self._wanted.pop(0)

@@ -15,6 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from recorder.table import Parameter
+
 
 class Status(enum.IntEnum):
     """How an entry came about: one for every step and loss data."""
@@ -58,6 +60,24 @@ The gradient is its mean along the step, so that the product of the three is the
 SPREAD, COUNTS = "spread", "counts"
 
 
+def spread_shape(row: Parameter, counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Tell the shape of a parameter's spread.
+
+    Parameters
+    ----------
+    row
+        The parameter.
+    counts
+        Shape of the numbers of predictions: (steps, micro-batches).
+
+    Returns
+    -------
+    tuple of int
+        The same, and where one tensor holds several components the number of its parts besides.
+    """
+    return (*counts, len(row.parts)) if row.fused else counts
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """The content of one shard.
@@ -71,8 +91,8 @@ class Shard:
     per_parameter
         Quantity to parameter name to array of shape (steps,); the quantities and dtypes of `PER_PARAMETER`.
     spread
-        On sampled loss data: parameter name to array of shape (steps, micro-batches), float64: what every micro-batch
-        gives to the parameter's LCA, times all predictions, at one node in the middle of the step.
+        On sampled loss data: parameter name to array of `spread_shape`, float64: what every micro-batch gives to the
+        parameter's LCA, times all predictions, at one node in the middle of the step.
     counts
         On sampled loss data the predictions of every micro-batch, float64 of shape (steps, micro-batches); else None.
     pieces

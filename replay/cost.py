@@ -99,7 +99,7 @@ def bytes_in_memory(opened: Replayer, task: Task) -> int:
     int
         Bytes, beside those of Python and its libraries and of one pass over a micro-batch.
     """
-    return bytes_of_worker(opened.run.manifest.trained, opened.rule, opened.precision, _held(opened, task))
+    return bytes_of_worker(opened.trained, opened.rule, opened.precision, _held(opened, task))
 
 
 def _held(opened: Replayer, task: Task) -> Held:
@@ -134,7 +134,7 @@ def bytes_written(opened: Replayer, task: Task) -> int:
     int
         Bytes.
     """
-    trained = opened.run.manifest.trained
+    trained = opened.trained
     units = sum(parameter.units for parameter in trained)
     of_units = units * sum(np.dtype(dtype).itemsize for dtype in PER_UNIT.values())
     of_parameters = len(trained) * sum(np.dtype(dtype).itemsize for dtype in PER_PARAMETER.values())
@@ -142,5 +142,6 @@ def bytes_written(opened: Replayer, task: Task) -> int:
     steps = task.stop - task.start
     sampled = [opened.loss_data[name] for name in task.loss_data if opened.loss_data[name].sampled]
     first = opened.run.step(task.start)
-    of_micro_batches = sum(len(data.micro_batches(first)) for data in sampled) * (len(trained) + 1) * 8
+    of_micro_batch = (1 + sum(len(row.parts) for row in trained)) * 8
+    of_micro_batches = sum(len(data.micro_batches(first)) for data in sampled) * of_micro_batch
     return steps * (per_step * len(task.loss_data) + of_micro_batches)

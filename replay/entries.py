@@ -23,6 +23,7 @@ from recorder.errors import FormatError, UsageError
 from recorder.ranges import describe_ranges, joined_ranges, overlap
 from replay.chunks import Range, chunks, pieces
 from replay.collector import Collector
+from replay.ledger import sharers
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -64,6 +65,8 @@ class EntryFolder:
         attempts_within: Callable[[int, int], Attempts],
     ) -> None:
         self._folder = folder
+        # One tensor for each parameter of the model, whatever the number of its uses.
+        self._parameters = [row for row in folder.trained if row.tied_to is None]
         self._chunk = folder.settings.chunk
         self._recorded = tuple(recorded)
         self._attempts_within = attempts_within
@@ -155,7 +158,7 @@ class EntryFolder:
             To be given every step of it.
         """
         wanted = [(window, piece) for window, piece, _ in self._wanted() if start <= piece[0] < stop]
-        return Collector(wanted, self._write_part)
+        return Collector(wanted, self._write_part, sharers(self._folder.trained))
 
     def _write_part(self, window: Range, piece: Range, sums: Mapping[str, Any]) -> None:
         self._write(self._part(window, [piece]), window, [piece], sums)
@@ -171,7 +174,7 @@ class EntryFolder:
             "steps": [list(entry) for entry in steps],
             "attempts": _attempts_of(steps, self._attempts_within),
         }
-        tensors = {parameter.name: sums[parameter.name] for parameter in self._folder.trained}
+        tensors = {parameter.name: sums[parameter.name] for parameter in self._parameters}
         tensorfile.write(path, tensors, facts)
 
     def add_up(self) -> None:
@@ -211,7 +214,7 @@ class EntryFolder:
                 )
                 raise FormatError(message)
         sums = {}
-        for parameter in self._folder.trained:
+        for parameter in self._parameters:
             # One after the other: the order of the additions decides the last bit.
             total = opened[0].array(parameter.name)
             for file in opened[1:]:
@@ -298,7 +301,7 @@ class EntryFolder:
             if any(start < window[1] and window[0] < stop for start, stop in ranges)
             and (again or not self.file(window).exists())
         ]
-        return len(windows) * 8 * sum(parameter.size for parameter in self._folder.trained)
+        return len(windows) * 8 * sum(parameter.size for parameter in self._parameters)
 
     def unfinished(self) -> list[tuple[Range, int, int]]:
         """List the windows that still lack steps.

@@ -15,14 +15,16 @@ import torch
 from recorder.errors import FormatError
 from replay.between import Between
 from replay.dropout import as_recorded
+from replay.products import Projection
 from replay.splitting import Pieces
-from replay.unitsums import Projection
+from replay.uses import Uses
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from torch import nn
 
+    from recorder.table import Parameter
     from recorder.workload import Workload
     from replay.dropout import RandomStates
     from replay.precision import Precision
@@ -46,7 +48,7 @@ class Evaluation:
         Number of predictions of every micro-batch.
     along
         Where a direction was given: parameter name to the derivative along it of every micro-batch's summed loss,
-        float64 of shape (micro-batches,).
+        float64 of shape (micro-batches,), or (micro-batches, parts) where one tensor holds several components.
     pieces
         Number of pieces of the micro-batch that was cut most to fit into memory; 1 where all fitted.
     """
@@ -110,6 +112,14 @@ class LossSurface:
         Where to compute.
     precision
         In which numbers.
+    uses
+        Rows of the ledger for every use but the first of tied parameters whose uses are told apart: `evaluate` returns
+        gradients for them, too, and that of the parameter is the one of its first use.
+
+    Attributes
+    ----------
+    shapes : dict of str to tuple of int
+        Name to shape of every parameter of the model, as the workload built it.
 
     Raises
     ------
@@ -124,6 +134,7 @@ class LossSurface:
         fixed: Mapping[str, torch.Tensor],
         device: torch.device,
         precision: Precision,
+        uses: Sequence[Parameter] = (),
     ) -> None:
         self._workload = workload
         self.device = device
@@ -133,6 +144,7 @@ class LossSurface:
             tensor.data = precision.converted(tensor.data)
         self._model.eval()
         present = dict(self._model.named_parameters())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in present.items()}
         missing = [name for name in (*names, *fixed) if name not in present]
         if missing:
             message = (
@@ -144,6 +156,8 @@ class LossSurface:
         for name, parameter in present.items():
             parameter.requires_grad_(name in self._parameters)
         set_parameters({name: present[name] for name in fixed}, fixed)
+        self._uses = Uses(self._model, uses)
+        self._with_gradient = {**self._parameters, **self._uses.parameters}
         self._theta: Theta | None = None
         # As they were asked for, and as they go into the model.
         self._micro_batches: tuple[Sequence[Any], Sequence[Any]] = ((), ())
@@ -157,9 +171,19 @@ class LossSurface:
             self._theta = theta
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape of every parameter of the model."""
-        return {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
+    def inseparable(self) -> Mapping[str, str]:
+        """Name of a tied parameter to the reason why its uses cannot be told apart in this model."""
+        return self._uses.inseparable
+
+    def together(self) -> AbstractContextManager[None]:
+        """Tie the uses of tied parameters again, for a while.
+
+        Returns
+        -------
+        context manager
+            In it the model is as the workload built it, and `evaluate` returns no gradients of `uses`.
+        """
+        return self._uses.together()
 
     def hold(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Set buffers of the model, for all evaluations to come.
@@ -187,7 +211,7 @@ class LossSurface:
         self,
         theta: Mapping[str, torch.Tensor],
         micro_batches: Sequence[Any],
-        direction: Mapping[str, torch.Tensor] | None = None,
+        direction: Projection | None = None,
         *,
         states: RandomStates | None = None,
     ) -> Evaluation:
@@ -200,7 +224,7 @@ class LossSurface:
         micro_batches
             On this surface's device.
         direction
-            For every trained parameter a float64 tensor in its shape, to tell the micro-batches apart along it.
+            A tensor for every trained parameter, to tell the micro-batches apart along it.
         states
             For every micro-batch the random states that its dropout is drawn from, in training mode; None for dropout
             off.
@@ -212,9 +236,8 @@ class LossSurface:
         """
         self._stand_at(theta)
         micro_batches = self._converted(micro_batches)
-        along = None if direction is None else Projection(direction)
         loss_sum, counts, reached = self._pieces.fit(
-            micro_batches, lambda: self._accumulate(len(micro_batches), along, states), whole=states is not None
+            micro_batches, lambda: self._accumulate(len(micro_batches), direction, states), whole=states is not None
         )
         predictions = sum(counts)
         gradient = self._gradients()
@@ -222,16 +245,11 @@ class LossSurface:
             # One call, for a net of many small parameters.
             torch._foreach_div_(list(gradient.values()), predictions)
         self._forget_gradients()
-        spread = None
-        if direction is not None:
-            totals = torch.stack(reached)
-            parts = torch.diff(totals, dim=0, prepend=torch.zeros_like(totals[:1])).T
-            spread = dict(zip(direction, parts, strict=True))
         return Evaluation(
             loss=loss_sum / predictions,
             gradient=gradient,
             counts=tuple(counts),
-            along=spread,
+            along=None if direction is None else direction.of_each(reached),
             pieces=self._pieces.most,
         )
 
@@ -244,7 +262,7 @@ class LossSurface:
         return ready
 
     def _accumulate(
-        self, micro_batches: int, along: Projection | None, states: RandomStates | None
+        self, micro_batches: int, direction: Projection | None, states: RandomStates | None
     ) -> tuple[float, list[float], list[torch.Tensor]]:
         # From the start: a pass that ran out of memory leaves gradients of some parameters behind.
         self._forget_gradients()
@@ -260,18 +278,18 @@ class LossSurface:
                     losses.append(loss.detach())
                     of_micro_batch += float(count)
                 counts.append(of_micro_batch)
-                if along is not None:
+                if direction is not None:
                     # Gradients add up over the micro-batches; so do their products with the direction.
-                    reached.append(along.dots(self._gradients()))
+                    reached.append(direction.dots(self._gradients()))
         # Looked at when all passes are under way: a GPU would stand still at each of them otherwise.
         return sum(map(float, losses)), counts, reached
 
     def _forget_gradients(self) -> None:
-        for parameter in self._parameters.values():
+        for parameter in self._with_gradient.values():
             parameter.grad = None
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.grad for name, tensor in self._parameters.items() if tensor.grad is not None}
+        return {name: tensor.grad for name, tensor in self._with_gradient.items() if tensor.grad is not None}
 
     def loss(
         self, theta: Mapping[str, torch.Tensor], micro_batches: Sequence[Any], *, states: RandomStates | None = None

@@ -53,6 +53,8 @@ class Job:
         Start and stop of the windows of steps whose LCA is kept for every entry.
     table
         Digest of the run's parameter table: a training that is followed may go on to unfreeze parameters.
+    whole
+        Names of the tied parameters whose uses are not told apart.
     """
 
     run: str
@@ -71,6 +73,7 @@ class Job:
     dropout: str = dropout.OFF
     windows: tuple[tuple[int, int], ...] = ()
     table: str = ""
+    whole: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,17 +2,19 @@
 
 Beside what Python and its libraries take before a run is opened, the resident memory of a worker reaches
 
-    P · (c + 3·r + [r ≠ c]·3·c + 2·r + g·(n·c + 16·[refined]) + c/2 + f·c + 8·[sampled] + 8·w)  +  S  +  A  +  25 MB
+    P · (c + 3·r + [r ≠ c]·3·c + 2·r + 8·w)
+    + U · (g·(n·c + 16·[refined]) + c/2 + f·c + 8·[sampled])  +  S  +  A  +  25 MB
 
-where P is the number of trained entries, r and c the bytes of an entry as it is recorded and computed, n the gradients
-that the rule looks at together, g the loss data whose gradients are kept together (1, or the groups of a file and 1
-more if others are there too), f the fixed loss data whose gradient at the end of the last step is kept while another is
-at work, w the loss data of which single entries are kept, S the rows of a shard, and A what a forward and backward pass
-over one micro-batch takes. In the order of the terms: the model; θ at both ends of the step and the one read ahead,
-converted once more where the dtypes differ; a coded step being read, once mapped from its file and once copied; the
-gradients, and two sums in float64 of a step that the adaptive rule refines; gaps of the heap; the gradients kept; the
-update in float64 while the spread of a sample is taken; entries being added up; and 25 MB of libraries' code and
-buffers that come with the first step, the coder's among them.
+where P is the number of trained entries, U the same with those of tied weights once for each use that is told apart,
+r and c the bytes of an entry as it is recorded and computed, n the gradients that the rule looks at together, g the
+loss data whose gradients are kept together (1, or the groups of a file and 1 more if others are there too), f the fixed
+loss data whose gradient at the end of the last step is kept while another is at work, w the loss data of which single
+entries are kept, S the rows of a shard, and A what a forward and backward pass over one micro-batch takes. In the
+order of the terms: the model; θ at both ends of the step and the one read ahead, converted once more where the dtypes
+differ; a coded step being read, once mapped from its file and once copied; entries being added up; the gradients, and
+two sums in float64 of a step that the adaptive rule refines; gaps of the heap; the gradients kept; the update in
+float64 while the spread of a sample is taken; and 25 MB of libraries' code and buffers that come with the first step,
+the coder's among them.
 
 Nothing of it grows with the number of steps. Measured peaks (`VmHWM` of Linux, models of 5 to 150 MB trained with Adam)
 are within a fifth of it, on both sides: a coded step is smaller than θ, and gaps come and go by chance. A is the
@@ -70,7 +72,7 @@ def bytes_of_worker(trained: Sequence[Parameter], rule: Rule | AdaptiveRule, pre
     Parameters
     ----------
     trained
-        The parameters in the ledger.
+        The rows in the ledger.
     rule
         The quadrature rule.
     precision
@@ -83,11 +85,15 @@ def bytes_of_worker(trained: Sequence[Parameter], rule: Rule | AdaptiveRule, pre
     int
         Bytes; of one worker.
     """
-    entries = sum(row.size for row in trained)
-    recorded: int = sum(row.size * getattr(torch, row.dtype).itemsize for row in trained)
+    parameters = [row for row in trained if row.tied_to is None]
+    entries = sum(row.size for row in parameters)
+    recorded: int = sum(row.size * getattr(torch, row.dtype).itemsize for row in parameters)
     computed = entries * precision.dtype.itemsize
     states = 3 * recorded + (3 * computed if recorded != computed else 0)
-    refined = 16 * entries if isinstance(rule, AdaptiveRule) else 0
-    gradients = held.together * (rule.least_evaluations * computed + refined) + held.kept * computed
-    sums = (8 * held.sampled + 8 * held.summed) * entries
-    return computed + states + 2 * recorded + gradients + computed // 2 + sums + held.rows + BUFFERS
+    # The uses of tied weights share their values, and have a gradient each.
+    of_uses = sum(row.size for row in trained)
+    gradient = of_uses * precision.dtype.itemsize
+    refined = 16 * of_uses if isinstance(rule, AdaptiveRule) else 0
+    gradients = held.together * (rule.least_evaluations * gradient + refined) + held.kept * gradient
+    sums = 8 * held.sampled * of_uses + 8 * held.summed * entries
+    return computed + states + 2 * recorded + gradients + gradient // 2 + sums + held.rows + BUFFERS

@@ -89,10 +89,16 @@ class ReadAhead:
         Where θ goes.
     precision
         In which numbers.
+    sharers
+        Further names to the parameters whose values they share (`replay.ledger.sharers`): both have the same
+        tensor.
     """
 
-    def __init__(self, run: Run, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self, run: Run, device: torch.device, precision: Precision, sharers: Mapping[str, str] | None = None
+    ) -> None:
         self._run, self._device, self._precision = run, device, precision
+        self._sharers = dict(sharers or {})
         self._held = bool(run.manifest.buffers)
         self._bytes: int = sum(row.size * getattr(torch, row.dtype).itemsize for row in run.manifest.trained)
 
@@ -150,4 +156,5 @@ class ReadAhead:
         return _Read(theta, self._run.step(t) if is_step else None, buffers)
 
     def _on_device(self, theta: Tensors) -> Tensors:
-        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in theta.items()}
+        there = {name: tensor.to(self._device, non_blocking=True) for name, tensor in theta.items()}
+        return there | {name: there[owner] for name, owner in self._sharers.items()}

@@ -12,7 +12,7 @@ import numpy as np
 from recorder.steps import Step
 from recorder.table import Parameter
 from replay.allocation import Allocation
-from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard
+from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, spread_shape
 from replay.tolerance import Tolerance
 from replay.unitsums import total_of
 
@@ -95,7 +95,7 @@ class Rows:
         if self._counts is None:
             shape = (self._steps, len(allocation.counts))
             self._counts = np.zeros(shape)
-            self._spread = {parameter.name: np.zeros(shape) for parameter in self._trained}
+            self._spread = {row.name: np.zeros(spread_shape(row, shape)) for row in self._trained}
         self._counts[row] = allocation.counts
         for name, values in allocation.spread.items():
             self._spread[name][row] = values.cpu().numpy()

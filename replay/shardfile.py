@@ -14,7 +14,7 @@ import numpy as np
 from recorder import tensorfile
 from recorder.errors import FormatError
 from recorder.table import Parameter
-from replay.columns import COUNTS, PER_PARAMETER, PER_STEP, PER_UNIT, SPREAD, Shard
+from replay.columns import COUNTS, PER_PARAMETER, PER_STEP, PER_UNIT, SPREAD, Shard, spread_shape
 from replay.settings import VERSION
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def write_shard(
         tensors[COUNTS] = _checked(COUNTS, shard.counts, shape, np.float64)
         for row in rows:
             key = f"{SPREAD}/{row.name}"
-            tensors[key] = _checked(key, shard.spread[row.name], shape, np.float64)
+            tensors[key] = _checked(key, shard.spread[row.name], spread_shape(row, shape), np.float64)
     facts = {
         "format": FORMAT,
         "version": VERSION,

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from replay.collector import Collector
+from replay.ledger import sharers
 from replay.rows import Rows
 
 if TYPE_CHECKING:
     from replay.dropout import RandomStates
     from replay.gradients import Evaluation, Theta
     from replay.job import Task
+    from replay.products import Projection
     from replay.reading import RecordedStep
     from replay.work import Replayer, Surface
 
@@ -174,7 +176,7 @@ class _Stopwatch:
         self.reading = 0.0
 
     def take(self, t: int) -> None:
-        opened, trained = self._opened, self._opened.run.manifest.trained
+        opened, trained = self._opened, self._opened.trained
         step = self._read(t)
         surface = _Timed(opened.surface, self._clock)
         # The losses at both ends at every step: how many of the steps to do have them is known without a trial.
@@ -199,7 +201,7 @@ class _Stopwatch:
 
     def _collector(self, t: int) -> Collector:
         of_step = [((t, t + 1), (t, t + 1))] if any(a <= t < b for a, b in self._opened.job.windows) else []
-        return Collector(of_step, lambda window, steps, sums: None)
+        return Collector(of_step, lambda window, steps, sums: None, sharers(self._opened.trained))
 
 
 class _Timed:
@@ -213,7 +215,7 @@ class _Timed:
         self,
         theta: Theta,
         micro_batches: Sequence[Any],
-        direction: Theta | None = None,
+        direction: Projection | None = None,
         *,
         states: RandomStates | None = None,
     ) -> Evaluation:

@@ -9,121 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recorder.table import Parameter
 from replay.blocks import Combination, Cut, bundles, combination, units_of
+from replay.products import unrounded
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-
-def dots(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Multiply two sets of tensors entry by entry, and sum over the entries of each tensor.
-
-    Parameters
-    ----------
-    left, right
-        Name to tensor, of the same names and shapes.
-
-    Returns
-    -------
-    torch.Tensor
-        float64 of shape (names,), on the tensors' device, in the order of `left`.
-    """
-    right = combination(right)
-    return _dots(combination(left), right, _cut(right))
-
-
-class Projection:
-    """Products of one set of tensors with others, one after another.
-
-    Parameters
-    ----------
-    direction
-        Name to tensor: made at once, for it is looked at again and again.
-    """
-
-    def __init__(self, direction: Mapping[str, torch.Tensor]) -> None:
-        direction = combination(direction)
-        self._parts = [(names, parts or (direction[names[0]],)) for names, parts in _cut(direction)]
-        made = {name: part for names, parts in self._parts for name, part in zip(names, parts, strict=True)}
-        self._like = direction.like
-        self._direction = Combination([(1.0, made)], self._like)
-
-    def dots(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Multiply entry by entry, and sum over the entries of each tensor.
-
-        Parameters
-        ----------
-        tensors
-            Name to tensor: a name that is missing stands for zeros.
-
-        Returns
-        -------
-        torch.Tensor
-            As from `dots`, in the order of the direction.
-        """
-        return _dots(Combination([(1.0, tensors)], self._like), self._direction, self._parts)
-
-
-_Part = tuple[list[str], tuple[torch.Tensor, ...]]
-"""Names of tensors that share a block, and each of them as a vector; none of one that comes alone."""
-
-
-def _cut(tensors: Combination) -> Iterator[_Part]:
-    for names in bundles(tensors.like):
-        sizes = [tensors.like[name].numel() for name in names]
-        yield names, torch.split(tensors.joined(names), sizes) if len(names) > 1 else ()
-
-
-def _dots(left: Combination, right: Combination, parts: Iterable[_Part]) -> torch.Tensor:
-    sums: list[torch.Tensor] = []
-    for names, of_right in parts:
-        if len(names) == 1:
-            sums.append(_dot_of_one(names[0], left, right))
-            continue
-        of_left = torch.split(left.joined(names), [len(part) for part in of_right])
-        sums.extend(map(torch.dot, of_left, of_right))
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
-
-
-def _dot_of_one(name: str, left: Combination, right: Combination) -> torch.Tensor:
-    like = left.like[name]
-    cut = Cut.of((like.numel(),), 0, like.device)
-    products = [
-        torch.dot(left.block(name, cut, place).view(-1), right.block(name, cut, place).view(-1))
-        for place in cut.places()
-    ]
-    return products[0] if len(products) == 1 else _sum_of(products, like.device)
-
-
-def _sum_of(products: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64, device=device)
-
-
-def dot(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
-    """Multiply two sets of tensors entry by entry, and sum it all up.
-
-    Parameters
-    ----------
-    left, right
-        As for `dots`.
-
-    Returns
-    -------
-    float
-        Without rounding between tensors. Not finite where an entry is not.
-    """
-    return _unrounded(dots(left, right).tolist())
-
-
-def _unrounded(sums: Sequence[float]) -> float:
-    # fsum raises where infinities of both signs meet; a diverged step has them.
-    return math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +96,7 @@ def total_of(sums: Mapping[str, ParameterSums]) -> float:
     float
         In nats, as `dot` gives it.
     """
-    return _unrounded([float(of_parameter.sum.sum()) for of_parameter in sums.values()])
+    return unrounded([float(of_parameter.sum.sum()) for of_parameter in sums.values()])
 
 
 # For every parameter four sums of each of its units, then the squares of both norms. Counts in float64 are exact, and

@@ -27,7 +27,9 @@ from replay.examples import Grouped
 from replay.gradients import Evaluation, LossSurface, Theta
 from replay.heap import share_one_heap
 from replay.job import Job, Receipt, Task
+from replay.ledger import ledger, sharers
 from replay.precision import fitting, precision_named
+from replay.products import Projection
 from replay.quadrature import rule_named
 from replay.reading import ReadAhead, RecordedStep
 from replay.recordedbatch import RecordedBatch
@@ -44,6 +46,13 @@ class Replayer:
     ----------
     job
         What to do.
+
+    Attributes
+    ----------
+    parameters : tuple of Parameter
+        The rows of the ledger.
+    trained : tuple of Parameter
+        Those of them that LCA is computed of.
     """
 
     def __init__(self, job: Job) -> None:
@@ -54,20 +63,24 @@ class Replayer:
         self.job = job
         self.run = Run(Path(job.run))
         self.rule = rule_named(job.rule)
-        trained = self.run.manifest.trained
-        self.precision = fitting([row.dtype for row in trained]) if job.dtype is None else precision_named(job.dtype)
+        self.parameters = ledger(self.run.manifest.parameters, job.whole)
+        self.trained = tuple(row for row in self.parameters if row.trained)
+        self._sharers = sharers(self.trained)
+        self.precision = (
+            fitting([row.dtype for row in self.trained]) if job.dtype is None else precision_named(job.dtype)
+        )
         self.tolerance = Tolerance(rtol=job.rtol, atol=job.atol, rounding=self.precision.rounding)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self.device = torch.device(job.device)
-        self._trained = trained
         self._held = bool(self.run.manifest.buffers)
-        self.reader = ReadAhead(self.run, self.device, self.precision)
+        self.reader = ReadAhead(self.run, self.device, self.precision, self._sharers)
         self.surface = LossSurface(
             self.workload,
-            [parameter.name for parameter in self._trained],
+            [row.name for row in self.trained if row.tied_to is None],
             self.run.untrained(),
             self.device,
             self.precision,
+            [row for row in self.trained if row.tied_to is not None],
         )
         first = self.run.step(self.run.steps[0])
         requests = [lossdata.parse(text) for text in job.loss_data]
@@ -98,7 +111,7 @@ class Replayer:
             The same run, opened anew.
         """
         self.run = run
-        self.reader = ReadAhead(run, self.device, self.precision)
+        self.reader = ReadAhead(run, self.device, self.precision, self._sharers)
         self.entries = self._entry_folders()
 
     @property
@@ -110,7 +123,7 @@ class Replayer:
         manifest = self.run.manifest
         settings = Settings(
             run_id=manifest.run_id,
-            parameter_table=digest_of_table(manifest.parameters),
+            parameter_table=digest_of_table(self.parameters),
             path=manifest.path,
             loss_data=name,
             loss_data_settings=self.loss_data[name].settings,
@@ -133,7 +146,7 @@ class Replayer:
             "recipe": dict(manifest.recipe),
             "buffers": list(manifest.buffers),
         }
-        return ShardFolder.of(self.run.path, settings, manifest.parameters, provenance)
+        return ShardFolder.of(self.run.path, settings, self.parameters, provenance)
 
     def dropout_of(self, name: str) -> str:
         """Say how a loss data is measured.
@@ -169,7 +182,7 @@ class Replayer:
             return None
         return [micro_batch.random_state for micro_batch in step.micro_batches]
 
-    def evaluate(self, t: int, name: str) -> Evaluation:
+    def evaluate(self, t: int, name: str, *, most: int | None = None) -> Evaluation:
         """Measure loss and gradient at the start of a step.
 
         Parameters
@@ -178,6 +191,8 @@ class Replayer:
             The step.
         name
             The loss data.
+        most
+            So many of its micro-batches at most; all of them by default.
 
         Returns
         -------
@@ -187,8 +202,11 @@ class Replayer:
         step = self.run.step(t)
         if self._held:
             self.surface.hold(self.run.buffers(t))
+        states = self.random_states(name, step)
         return self.surface.evaluate(
-            self._theta(t), self.loss_data[name].micro_batches(step), states=self.random_states(name, step)
+            self._theta(t),
+            self.loss_data[name].micro_batches(step)[:most],
+            states=states if states is None else states[:most],
         )
 
     def make_folders(self, names: Iterable[str] | None = None) -> None:
@@ -218,7 +236,7 @@ class Replayer:
         self._reach(task)
         self.make_folders(task.loss_data)
         steps = range(task.start, task.stop)
-        rows = {name: Rows(len(steps), self._trained, self.tolerance) for name in task.loss_data}
+        rows = {name: Rows(len(steps), self.trained, self.tolerance) for name in task.loss_data}
         kept = {name: self.entries[name].collect(task.start, task.stop) for name in task.loss_data}
         known: dict[str, Evaluation | None] = {}
         for step in self.reader.steps(task.start, task.stop):
@@ -315,7 +333,8 @@ class Replayer:
         states = self.random_states(name, step)
 
         def along(theta: Theta, direction: Theta) -> Evaluation:
-            return ends.surface.evaluate(theta, micro_batches, direction, states=states)
+            projection = Projection(direction, self.trained)
+            return ends.surface.evaluate(theta, micro_batches, projection, states=states)
 
         allocation = allocate(
             ends.start,
@@ -341,7 +360,7 @@ class Surface(Protocol):
         self,
         theta: Theta,
         micro_batches: Sequence[Any],
-        direction: Theta | None = None,
+        direction: Projection | None = None,
         *,
         states: dropout.RandomStates | None = None,
     ) -> Evaluation:

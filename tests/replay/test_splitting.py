@@ -16,6 +16,7 @@ from torch import nn
 from recorder.errors import LossledgerError, MismatchError
 from replay.gradients import Evaluation, LossSurface
 from replay.precision import PRECISIONS
+from replay.products import Projection
 from replay.shards import ShardFolder
 from replay.splitting import DoesNotFitError, halve, is_out_of_memory
 from tests.replay import variants
@@ -90,9 +91,9 @@ def test_what_does_not_fit_is_halved_until_it_does_and_the_result_stays(
     most: int, error: Callable[[], Exception]
 ) -> None:
     batches = _batches(7, 1, 4)
-    expected = _surface(_Regression()).evaluate(THETA, batches, THETA)
+    expected = _surface(_Regression()).evaluate(THETA, batches, Projection(THETA))
     workload = _Regression(most=most, fails_with=error)
-    found = _surface(workload).evaluate(THETA, batches, THETA)
+    found = _surface(workload).evaluate(THETA, batches, Projection(THETA))
     _same(found, expected)
     assert (found.pieces > 1, expected.pieces) == (most < 7, 1)
     assert found.along is not None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from viz.figures import plot_figure1
 from viz.table import Row, Table, show, to_csv, to_markdown, totals_table
 
 MakeCube = Callable[..., xr.Dataset]
@@ -42,6 +43,29 @@ def test_columns_and_rows(cubes: dict[str, xr.Dataset]) -> None:
     assert _row(table, "steps missing").cells == (0, 1, 0)
     assert _row(table, "at step").cells[0] == 4
     assert _row(table, "worst |residual| of a step").cells[0] == 0.05
+
+
+def test_the_uses_of_tied_weights_have_a_row_each_and_the_total_stays(make_cube: MakeCube) -> None:
+    whole = make_cube(data=("batch",))
+    by_use = whole.copy(deep=True)
+    embedding, output = ({"layer": "model", "component": name} for name in ("embedding", "output"))
+    # A power of two, so that no addition rounds.
+    by_use["lca"].loc[output] = whole["lca"].loc[embedding].values * 1.25
+    by_use["lca"].loc[embedding] = whole["lca"].loc[embedding].values * -0.25
+    by_use["n_parameters"].loc[output] = whole["n_parameters"].loc[embedding].values
+    table = totals_table({"whole": whole, "by use": by_use})
+    names = [row.name for row in table.rows]
+    assert names[names.index("norm") + 1] == "output"
+    together, looked_up = _row(table, "embedding").cells
+    nothing, predicted = _row(table, "output").cells
+    assert nothing is None
+    assert isinstance(together, float)
+    assert predicted == pytest.approx(1.25 * together, rel=1e-12)
+    assert looked_up == pytest.approx(-0.25 * together, rel=1e-12)
+    assert _row(table, "total").cells[0] == pytest.approx(_row(table, "total").cells[1], rel=1e-12)
+    figure = plot_figure1({"by use": by_use}, data="batch")
+    said = " ".join(" ".join(text.get_text() for text in figure.texts).split())
+    assert "Embeddings, positions, norms and the output layer stand in the table" in said
 
 
 def test_total_is_the_sum_of_components_and_stands_beside_the_measured_change(
