@@ -93,6 +93,28 @@ class Attempt:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Correction:
+    """The user's later word on which parameter is which.
+
+    Parameters
+    ----------
+    source
+        In words, where it is from: the map's file, or the package's rules.
+    text
+        The file's text; empty where there was none.
+    created
+        When: ISO 8601, UTC.
+    recorded
+        Name to place of every parameter that it moved, as that was recorded: fields of its row.
+    """
+
+    source: str
+    text: str
+    created: str
+    recorded: Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What is recorded once for a run.
 
@@ -127,6 +149,8 @@ class Manifest:
         optimizer that was not watched.
     provenance
         Versions and time of creation.
+    correction
+        Where the places in `parameters` are not those that were recorded: what they are from, and the recorded ones.
     """
 
     run_id: str
@@ -143,6 +167,7 @@ class Manifest:
     files: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unrecorded_changes: tuple[str, ...] = ()
     provenance: Mapping[str, Any]
+    correction: Correction | None = None
 
     @property
     def trained(self) -> tuple[Parameter, ...]:
@@ -165,9 +190,12 @@ class Manifest:
         Returns
         -------
         dict
-            With ``format`` and ``version`` first.
+            With ``format`` and ``version`` first; ``correction`` only where there is one.
         """
-        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        document = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        if self.correction is None:
+            del document["correction"]
+        return document
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], source: str) -> Manifest:
@@ -221,10 +249,12 @@ class Manifest:
         try:
             fields["parameters"] = tuple(Parameter.from_dict(row) for row in fields["parameters"])
             fields["attempts"] = tuple(Attempt(**row) for row in fields["attempts"])
+            if fields.get("correction") is not None:
+                fields["correction"] = Correction(**fields["correction"])
             for name in ("buffers", "unrecorded_changes"):
                 fields[name] = tuple(fields.get(name, ()))
         except (AttributeError, TypeError) as error:
-            message = f"{source}: the parameter table, the attempts or the buffers are not understood ({error})"
+            message = f"{source}: parameter table, attempts, correction or buffers are not understood ({error})"
             raise FormatError(message) from error
         return cls(**fields)
 
