@@ -152,8 +152,8 @@ def _folders(parent: Path) -> Iterator[ShardFolder]:
 def _way(source: ShardFolder, target: ShardFolder) -> _Way:
     before, now = ({row.name: row for row in folder.trained} for folder in (source, target))
     joined = tuple(row for name, row in now.items() if name not in before)
-    # A further use takes its part from the numbers of those that were there before.
-    changed = [name for name in before if name not in now] + [row.name for row in joined if row.tied_to is not None]
+    # A further use takes its part from the numbers of the parameter that was there before.
+    changed = [name for name in before if name not in now] + [row.name for row in joined if row.tied_to in before]
     both = [name for name in now if name in before]
     return _Way(
         source=source,
