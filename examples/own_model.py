@@ -8,8 +8,9 @@
 
 The map is examples/own_model.toml. A run that was recorded without it is put right afterwards:
 
-    python examples/own_model.py runs/own --without-map
-    python -m recorder map runs/own --map examples/own_model.toml
+    python examples/own_model.py runs/unsaid --without-map
+    python -m recorder map runs/unsaid
+    python -m recorder map runs/unsaid --map examples/own_model.toml
 
 A small causal Transformer learns to continue arithmetic progressions modulo 23.
 """

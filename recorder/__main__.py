@@ -14,6 +14,7 @@ from typing import Any
 from recorder import commandline, mapcommand
 from recorder.estimate import estimate
 from recorder.manifest import MANIFEST_FILE, Attempt
+from recorder.mapcommand import origin_of_table
 from recorder.ranges import describe_ranges
 from recorder.runformat import Run
 from recorder.segments import list_segments
@@ -149,6 +150,7 @@ def _info(options: argparse.Namespace) -> int:
         "not_recorded_parameters": sum(row.size for row in rows if row.status == "not_recorded"),
         "buffers": len(manifest.buffers),
         "batches": manifest.batches,
+        "map": origin_of_table(manifest),
         "created": manifest.provenance.get("created"),
     }
     attempts = [_describe_attempt(run, entry) for entry in manifest.attempts]

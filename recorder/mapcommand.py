@@ -107,7 +107,7 @@ def _report(manifest: Manifest, rows: Sequence[Parameter], *, full: bool) -> lis
     trained = [row for row in rows if row.trained]
     unsaid = [row for row in trained if is_unsaid(row)]
     said = [row for row in trained if not is_unsaid(row)]
-    found = [_origin(manifest, rows)]
+    found = [f"{len(rows)} parameters, {_entries(rows):,} entries; {origin_of_table(manifest)}"]
     found += ["", *_table(said, full=full)] if said else []
     tied = [row for row in rows if row.aliases]
     if tied:
@@ -129,12 +129,23 @@ def _report(manifest: Manifest, rows: Sequence[Parameter], *, full: bool) -> lis
     return found
 
 
-def _origin(manifest: Manifest, rows: Sequence[Parameter]) -> str:
-    count = f"{len(rows)} parameters, {sum(row.size for row in rows):,} entries"
+def origin_of_table(manifest: Manifest) -> str:
+    """Say what a run's table is from.
+
+    Parameters
+    ----------
+    manifest
+        The run's manifest.
+
+    Returns
+    -------
+    str
+        A map given to the recording, a correction, or neither.
+    """
     if manifest.correction is not None:
-        return f"{count}; corrected {manifest.correction.created} by {manifest.correction.source}"
+        return f"corrected {manifest.correction.created} by {manifest.correction.source}"
     given = manifest.provenance.get("map")
-    return f"{count}; recorded with {given['source']}" if given else f"{count}; as recorded"
+    return f"recorded with {given['source']}" if given else "as recorded"
 
 
 def _table(rows: Sequence[Parameter], *, full: bool) -> list[str]:
