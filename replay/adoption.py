@@ -62,7 +62,7 @@ class _Way:
     def sampled(self) -> bool:
         """Whether standard errors are kept, which know the components of a parameter."""
         finished = self.source.finished()
-        return bool(finished) and self.source.read(*finished[0]).counts is not None
+        return bool(finished) and self.source.sampled(*finished[0])
 
     @property
     def obstacle(self) -> str:
@@ -196,6 +196,7 @@ def _move(opened: Replayer, way: _Way, ranges: Sequence[Range]) -> None:
     for start, stop in ranges:
         way.target.write(start, stop, way.source.read(start, stop), opened.run.attempts_within(start, stop))
         way.source.remove(start, stop)
+    entries.remove_stale(way.source.path, opened.run.ever_recorded, opened.run.attempts_within)
     entries.move(way.source, way.target)
 
 

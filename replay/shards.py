@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from recorder import durable
 from recorder.errors import FormatError, UsageError
 from recorder.table import ATTENTION_COMPONENTS, COMPONENTS, MODEL_LAYER, Parameter, Part
-from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, Status
+from replay.columns import COUNTS, PER_PARAMETER, PER_STEP, PER_UNIT, Shard, Status
 from replay.settings import VERSION, Settings
 from replay.shardfile import FORMAT, open_shard, read_per_step, read_shard, write_shard
 
@@ -358,6 +358,21 @@ class ShardFolder:
             The arrays of `PER_STEP`.
         """
         return read_per_step(self._open_shard(start, stop))
+
+    def sampled(self, start: int, stop: int) -> bool:
+        """Say whether a shard holds what standard errors are made of; nothing else of it is read.
+
+        Parameters
+        ----------
+        start, stop
+            One of the ranges of `finished`.
+
+        Returns
+        -------
+        bool
+            Whether it does.
+        """
+        return COUNTS in self._open_shard(start, stop).names
 
     def _open_shard(self, start: int, stop: int) -> tensorfile.TensorFile:
         return open_shard(self.file(start, stop), settings=self.settings.hash, start=start, stop=stop)
