@@ -198,23 +198,23 @@ def shape_in_words(line: Line) -> str:
         Such as ``8 heads of 64 rows``; of a fused parameter that of every part.
     """
     row = line.first
-    one = (
-        "entries"
-        if len(row.shape) == 1
-        else {0: "rows", 1: "columns"}.get(row.unit_axis, f"slices of axis {row.unit_axis}")
-    )
     if not row.shape:
         return "1 number"
-    if not row.fused:
-        return f"{row.heads} heads of {row.units // row.heads} {one}" if row.heads else f"{row.units} {one}"
-    parts = [
-        f"{part.component} {part.heads} heads of {part.units // part.heads}"
-        if part.heads
-        else f"{part.component} {part.units}"
-        for part in row.parts
-    ]
-    turns = f", in {row.repeats} turns" if row.repeats > 1 else ""
-    return f"{one}: {', '.join(parts)}{turns}"
+    one, several = {0: ("row", "rows"), 1: ("column", "columns")}.get(row.unit_axis, ("slice", "slices"))
+    if len(row.shape) == 1:
+        one, several = "entry", "entries"
+    if row.fused:
+        parts = [
+            f"{part.component} "
+            + (f"{part.heads} heads of {part.units // part.heads}" if part.heads else f"{part.units}")
+            for part in row.parts
+        ]
+        turns = f", in {row.repeats} turns" if row.repeats > 1 else ""
+        return f"{several}: {', '.join(parts)}{turns}"
+    number = row.units // (row.heads or 1)
+    of_heads = f"{row.heads} heads of " if row.heads else ""
+    axis = f" of axis {row.unit_axis}" if row.unit_axis > 1 else ""
+    return f"{of_heads}{number} {one if number == 1 else several}{axis}"
 
 
 def components_in_words(row: Parameter) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
 from recorder.correction import correct
@@ -182,5 +183,17 @@ def test_fused_units_are_told_part_by_part() -> None:
     parts = (Part(component="query", units=4, heads=2), Part(component="key", units=2, heads=2))
     (line,) = lines([row("qk", component=FUSED, fused=parts, repeats=2)])
     assert shape_in_words(line) == "rows: query 2 heads of 2, key 2 heads of 1, in 2 turns"
-    (scalar,) = lines([row("scale", shape=())])
-    assert shape_in_words(scalar) == "1 number"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"shape": ()}, "1 number"),
+        ({"shape": (1,)}, "1 entry"),
+        ({"shape": (32, 4), "component": "position", "unit_axis": 1, "heads": 4}, "4 heads of 1 column"),
+        ({"shape": (2, 3, 5), "unit_axis": 2}, "5 slices of axis 2"),
+    ],
+)
+def test_units_are_told_in_words(changes: dict[str, Any], expected: str) -> None:
+    (line,) = lines([row("w", **changes)])
+    assert shape_in_words(line) == expected

@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
+import recorder
 from recorder.__main__ import main as recorder_main
 from recorder.manifest import Manifest
 from recorder.parameters import UnmappedParameterWarning
 from recorder.pruned import prune
+from recorder.runformat import Run
 from recorder.segments import list_segments
+from recorder.tensorfile import TensorFile
 from reduce import cube
 from reduce.__main__ import main as reduce_main
 from replay import shards
@@ -249,6 +253,38 @@ def test_shards_of_pruned_steps_go_along(plain: Path, replay: Command, correct: 
     assert replay(plain, *asked) == 0
     assert evaluations == []
     assert cube_of(plain).sizes["step"] == STEPS
+
+
+@pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning")  # of the map used here
+def test_steps_that_a_restart_recorded_anew_do_not_go_along(
+    plain: Path, replay: Command, correct: Any, capsys: Captured
+) -> None:
+    asked = ("--chunk", CHUNK, "--rule", "simpson", "--per-parameter", "0:4,4:6")
+    assert replay(plain, *asked) == 0
+    task, run = own_model.workload(), Run(plain)
+    model = task.model()
+    model.load_state_dict(run.parameters(4), strict=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    correct(plain, WHOLE)
+    # The restart keeps the corrected table, and so need not be told of the map.
+    workload = "examples.own_model:workload"
+    with recorder.watch(model, optimizer, run=plain, workload=workload, first_step=4) as rec:
+        for _ in range(2):
+            batch = task.batch(range(8), split="train", epoch=1)
+            rec.batch(range(8), batch)
+            loss, predictions = task.loss(model, batch)
+            (loss / predictions).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    capsys.readouterr()
+    assert replay(plain, *asked) == 0
+    said = capsys.readouterr().err
+    assert "of steps 0-3 the shards on batch are taken over" in said
+    assert "2 steps to do in 1 shards" in said
+    (folder,) = (f for f in shards.folders(plain) if f.settings.parameter_table == shards.marked_table(plain))
+    assert folder.attempts(4, 6) == [(2, 4, 6)]
+    sums = sorted(folder.path.glob("entries-*.safetensors"))
+    assert [TensorFile(file).facts["attempts"] for file in sums] == [[[1, 0, 4]], [[2, 4, 6]]]
 
 
 def test_reduce_takes_the_present_table_of_each_loss_data_and_says_what_it_passes_over(
