@@ -264,7 +264,7 @@ def test_steps_that_a_restart_recorded_anew_do_not_go_along(
     task, run = own_model.workload(), Run(plain)
     model = task.model()
     model.load_state_dict(run.parameters(4), strict=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     correct(plain, WHOLE)
     # The restart keeps the corrected table, and so need not be told of the map.
     workload = "examples.own_model:workload"
