@@ -155,3 +155,11 @@ def test_untied_embeddings_and_learned_positions_of_a_translation_model_are_mapp
     assert {name: rows[name].component for name in expected} == expected
     unmapped = {name for name, row in rows.items() if row.component == "other"}
     assert all(".layers." in name and ("proj_" in name or "fc" in name) for name in unmapped)
+
+
+def test_a_tied_embedding_has_two_uses_however_many_names(trainings: dict[str, Any]) -> None:
+    uses = table(trainings, "translation")["encoder.embed_tokens.weight"].uses
+    assert [(use.name, use.aliases, use.component) for use in uses] == [
+        ("encoder.embed_tokens.weight", ("decoder.embed_tokens.weight",), "embedding"),
+        ("decoder.output_projection.weight", (), "output"),
+    ]

@@ -278,3 +278,46 @@ def test_a_model_inside_a_users_own_is_recognised() -> None:
     assert [name for name, row in table.items() if row.component == "other"] == ["tagger.weight", "tagger.bias"]
     query = table["bert.encoder.layer.2.attention.self.query.weight"]
     assert (query.layer, query.component, query.heads) == ("encoder.2", "query", 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "output"),
+    [
+        ("BertForTokenClassification", SIZES, "classifier.weight"),
+        ("BertForQuestionAnswering", SIZES, "qa_outputs.weight"),
+        ("BertForNextSentencePrediction", SIZES, "cls.seq_relationship.weight"),
+        ("RobertaForSequenceClassification", SIZES, "classifier.out_proj.weight"),
+        ("ElectraForPreTraining", SIZES, "discriminator_predictions.dense_prediction.weight"),
+        ("ElectraForSequenceClassification", SIZES, "classifier.dense.weight"),
+        (
+            "DistilBertForSequenceClassification",
+            {"vocab_size": 11, "dim": 12, "hidden_dim": 8},
+            "pre_classifier.weight",
+        ),
+        ("GPT2ForSequenceClassification", GPT, "score.weight"),
+        ("GPTNeoXForSequenceClassification", SIZES, "score.weight"),
+        ("LlamaForSequenceClassification", SIZES, "score.weight"),
+        ("BartForSequenceClassification", BART, "classification_head.out_proj.weight"),
+        ("OPTForSequenceClassification", OPT, "score.weight"),
+    ],
+)
+def test_layers_for_classification_are_output(model: str, sizes: dict[str, Any], output: str) -> None:
+    table = parameter_table(built(model, f"{model.partition('For')[0]}Config", **sizes)())
+    assert {row.name: row.component for row in table}[output] == "output"
+    assert [row.name for row in table if row.component == "other"] == []
+
+
+def test_a_cross_attending_bert_and_an_encoder_of_t5_are_mapped_whole() -> None:
+    sizes = SIZES | {"is_decoder": True, "add_cross_attention": True}
+    crossing = {row.component for row in parameter_table(built("BertLMHeadModel", "BertConfig", **sizes)())}
+    assert crossing == {*SELF, *CROSS, "W1", "W2", "norm", "embedding", "position", "output"}
+    encoder = parameter_table(built("T5EncoderModel", "T5Config", **T5)())
+    assert {row.component for row in encoder} == {*SELF, "W1", "W2", "norm", "embedding", "position"}
+
+
+def test_a_decoder_of_its_own_vocabulary_is_tied_to_its_output_alone() -> None:
+    model = built(
+        "MarianMTModel", "MarianConfig", **BART, share_encoder_decoder_embeddings=False, decoder_vocab_size=11
+    )
+    uses = {row.name: [use.name for use in row.uses] for row in parameter_table(model()) if row.uses}
+    assert uses == {"model.decoder.embed_tokens.weight": ["model.decoder.embed_tokens.weight", "lm_head.weight"]}

@@ -214,6 +214,14 @@ def test_a_layer_of_torch_that_stands_alone_has_depth_0() -> None:
     assert {layer for layer, *_ in places(nn.TransformerEncoderLayer(4, 2, 6)).values()} == {"encoder.0"}
 
 
+def test_an_encoder_that_serves_as_decoder_is_not_mixed_with_the_encoder_beside_it() -> None:
+    found = places(nn.ModuleDict({"encoder": encoder(), "decoder": encoder()}))
+    layers = {name: layer for name, (layer, *_) in found.items() if name.endswith("linear1.weight")}
+    assert layers["encoder.layers.2.linear1.weight"] == "encoder.encoder.2"
+    assert layers["decoder.layers.2.linear1.weight"] == "decoder.encoder.2"
+    assert len(set(layers.values())) == 6
+
+
 def test_the_added_position_of_an_attention_is_of_key_and_value_with_their_heads() -> None:
     rows = {
         row.name: row for row in parameter_table(nn.ModuleDict({"attn": nn.MultiheadAttention(6, 3, add_bias_kv=True)}))

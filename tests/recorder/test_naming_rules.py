@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -323,3 +325,18 @@ def test_a_tied_frozen_weight_is_untrained_in_all_its_uses() -> None:
     (row,) = parameter_table(model, parse_naming_rules(TIED, "own.toml"))
     assert {row.status, *(use.status for use in row.uses)} == {"untrained"}
     assert torch.equal(model.embed.weight, model.lm_head.weight)
+
+
+def test_the_rules_of_the_documentation_are_understood() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"(?:^    .*\n|^\n)+", page[page.index("    [fragments]") :], flags=re.MULTILINE)[:1]
+    mixer = Attention(16)
+    mixer.n_heads, mixer.config.n_kv_heads = 4, 2  # type: ignore[assignment]
+    mixer.qkv, mixer.proj = nn.Linear(3, 16), nn.Linear(8, 3, bias=False)
+    model = nn.ModuleDict({"tokens": nn.Embedding(5, 3), "blocks": nn.ModuleList([nn.ModuleDict({"mixer": mixer})])})
+    table = {row.name: row for row in parameter_table(model, parse_naming_rules(textwrap.dedent(block), "models.md"))}
+    parts = [(part.component, part.units, part.heads) for part in table["blocks.0.mixer.qkv.bias"].parts]
+    assert parts == [("query", 8, 4), ("key", 4, 2), ("value", 4, 2)]
+    out = table["blocks.0.mixer.proj.weight"]
+    assert (out.layer, out.component, out.unit_axis, out.heads) == ("decoder.0", "out", 1, 4)
+    assert (table["tokens.weight"].component, table["tokens.weight"].layer) == ("embedding", "model")
