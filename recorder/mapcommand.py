@@ -88,7 +88,9 @@ def run_map(options: argparse.Namespace) -> int:
     else:
         for line in _report(manifest, rows, full=options.full):
             commandline.result(line.rstrip())
-    for line in _notes(options, manifest, corrected) if asked else _advice(options.run, rows):
+    for line in _notes(options, manifest, corrected) if asked else []:
+        commandline.say(line)
+    for line in [] if options.skeleton else _advice(options.run, rows):
         commandline.say(line)
     return commandline.DONE
 

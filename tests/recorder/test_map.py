@@ -192,6 +192,7 @@ def test_the_recorded_table_can_be_had_back(run: Path, file: Any, capsys: Captur
     assert main(["map", str(run), "--map", str(file(KEYS.format("places")))]) == 0
     assert table(run)["places"].component == "key"
     assert table(run)["symbols.weight"].component == "other"
+    assert "25 parameters are in 'other'. To say what they are, save the rules above" in capsys.readouterr().err
     assert main(["map", str(run), "--as-recorded"]) == 0
     assert (run / MANIFEST_FILE).read_bytes() == before
     capsys.readouterr()
