@@ -118,8 +118,15 @@ def _row(row: Parameter, decided: Mapping[str, Place]) -> Parameter:
     places = {name: Place() for name in names} | {row.name: _recorded(row)}
     for use in row.uses:
         places |= dict.fromkeys((use.name, *use.aliases), _recorded(use))
-    places |= {name: decided[name] for name in names if name in decided}
-    slots = [(use.name, *use.aliases) for use in row.uses] or [(name,) for name in names]
+    slots: list[tuple[str, ...]] = []
+    for slot in [(use.name, *use.aliases) for use in row.uses] or [(name,) for name in names]:
+        of_slot = {decided[name].cell: decided[name] for name in slot if name in decided}
+        if len(of_slot) > 1:  # names that stood for one use, and are told apart now
+            slots.extend((name,) for name in slot)
+            places |= {name: decided[name] for name in slot if name in decided}
+        else:
+            slots.append(slot)
+            places |= {name: place for place in of_slot.values() for name in slot}
     uses = uses_among(slots, names, places, by_layer=bool(row.uses))
     return placed(dataclasses.replace(row, uses=()), uses)
 

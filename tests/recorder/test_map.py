@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -17,6 +18,7 @@ from torch import nn
 
 import recorder
 from recorder.__main__ import main
+from recorder.correction import correct
 from recorder.errors import DamagedFileError, UsageError
 from recorder.lock import RunLock
 from recorder.manifest import MANIFEST_FILE, Manifest
@@ -248,8 +250,6 @@ def test_a_changed_unit_axis_and_what_was_pruned_are_told(run: Path, file: Any, 
 
 def older(run: Path, *, without_places: bool = False) -> tuple[Parameter, ...]:
     """Make of a run of the tiny transformer one from when tables knew no uses."""
-    import dataclasses
-
     cases.train(run, steps=1)
     manifest = Manifest.read(run)
     rows = [dataclasses.replace(row, uses=()) for row in manifest.parameters]
@@ -285,6 +285,29 @@ def test_a_users_rules_come_before_those_of_the_package(tmp_path: Path, file: An
     found = table(tmp_path / "run")
     assert found["decoder.layers.0.fc1.weight"].component == "key"
     assert found["decoder.layers.0.fc1.bias"].component == "W1"
+
+
+TIED = [
+    ({}, {"a": "embedding", "c": "output"}),
+    ({"b": "position"}, {"a": "position", "c": "output"}),  # a and b are one use: what is said of one holds for both
+    ({"a": "position", "b": "norm"}, {"a": "position", "b": "norm", "c": "output"}),
+    ({"c": "embedding"}, {"a": "embedding"}),
+    ({"a": "output"}, {"a": "output"}),
+]
+
+
+@pytest.mark.parametrize(("said", "uses"), TIED)
+def test_what_is_said_of_one_name_of_a_tied_tensor_holds_for_its_use(
+    said: dict[str, str], uses: dict[str, str]
+) -> None:
+    first = Parameter(name="a", aliases=("b",), shape=(2,), dtype="float32", component="embedding")
+    second = Parameter(name="c", shape=(2,), dtype="float32", component="output", tied_to="a")
+    row = dataclasses.replace(first, aliases=("b", "c"), uses=(first, second))
+    text = "".join(f"[[rule]]\npattern = '{name}'\ncomponent = '{component}'\n" for name, component in said.items())
+    (found,) = correct([row], parse_naming_rules(text, "own")).parameters
+    assert {use.name: use.component for use in found.uses or (found,)} == uses
+    assert (found.name, found.aliases) == ("a", ("b", "c"))
+    assert {name for use in found.uses or (found,) for name in (use.name, *use.aliases)} == {"a", "b", "c"}
 
 
 # --- Restarted trainings --------------------------------------------------------------------------------------------
