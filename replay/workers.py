@@ -33,6 +33,7 @@ class _Place:
     born: float = 0.0
     registered: bool = False
     stillborn: int = 0
+    silent: int = 0
 
 
 class WorkerProcesses:
@@ -47,7 +48,8 @@ class WorkerProcesses:
     environments
         For each worker, what its environment has besides this process's.
     patience
-        Seconds that a worker may take to register.
+        Seconds that a worker may take to register; the next in its place may take twice as long, for the machine may
+        be busy.
     """
 
     def __init__(
@@ -57,6 +59,11 @@ class WorkerProcesses:
         self._facts = facts
         self._places = [_Place(environment) for environment in environments]
         self._patience = patience
+
+    @property
+    def silent(self) -> int:
+        """How many have been replaced because they lived and did not register."""
+        return sum(place.silent for place in self._places)
 
     def keep_up(self, registered: Collection[str]) -> int:
         """Start what is not running, and replace whom the scheduler does not see any more.
@@ -80,11 +87,12 @@ class WorkerProcesses:
             if place.name in registered:
                 place.registered, place.stillborn = True, 0
             ended = None if place.process is None else place.process.poll()
-            silent = place.registered or time.monotonic() - place.born > self._patience
+            silent = place.registered or time.monotonic() - place.born > self._patience * 2**place.silent
             if place.process is not None and ended is None and (place.name in registered or not silent):
                 continue
             if place.process is not None:
                 _kill(place.process)
+                place.silent += ended is None and not place.registered
                 place.stillborn += not place.registered
                 if place.stillborn >= STILLBORN:
                     message = (

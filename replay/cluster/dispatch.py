@@ -67,15 +67,15 @@ def run_in_cluster(
     with contextlib.closing(open_cluster(job, where.workers if following else len(tasks), where)) as cluster:
         client = cluster.client
         client.subscribe_topic(token, lambda event: events.put(("told", event[1])))
-        progress, most, stuck = time.monotonic(), 0, 0
+        progress, most, silent, stuck = time.monotonic(), 0, 0, 0
         while waiting or doing or (following is not None and not following.ended):
             if following is not None:
                 waiting.extend((task, 1) for task in following.due())
             if not waiting and not doing:  # to wait for the training is not to stall
                 progress = time.monotonic()
             ready = cluster.workers()
-            if ready > most:  # to start is to go on; to start again and again is not
-                progress, most = time.monotonic(), ready
+            if ready > most or (cluster.silent and not silent):  # to start is to go on; to start again and again is not
+                progress, most, silent = time.monotonic(), max(ready, most), cluster.silent
             while waiting and len(doing) < ready:
                 task, number = waiting.popleft()
                 # Of this command alone: another replay may use the same scheduler.

@@ -39,6 +39,10 @@ class Cluster(Protocol):
     def workers(self) -> int:
         """Count the workers that are ready; never waits."""
 
+    @property
+    def silent(self) -> int:
+        """How many workers of our own were replaced because they did not become ready."""
+
     def replace(self, name: str) -> None:
         """Put another process in the place of a worker, if it is ours."""
 
@@ -72,6 +76,7 @@ class _Existing:
     """A scheduler that somebody else has started, and its workers."""
 
     ours = False
+    silent = 0
 
     def __init__(self, where: Where) -> None:
         address = where.address if where.address is not None else _address_in(where.file, where.stall_seconds)
@@ -162,8 +167,7 @@ class _Local:
                 "from replay.cluster.worker import serve; serve()",
                 facts,
                 environments(job, count, where),
-                # Not so short that a worker on a busy machine is killed before it can be ready, again and again.
-                patience=max(60.0, where.stall_seconds / 2),
+                patience=where.stall_seconds / 2,
             )
             self._stack.callback(self._processes.stop)
         except BaseException:
@@ -172,6 +176,10 @@ class _Local:
 
     def workers(self) -> int:
         return self._processes.keep_up({str(worker.name) for worker in list(self._cluster.scheduler.workers.values())})
+
+    @property
+    def silent(self) -> int:
+        return self._processes.silent
 
     def replace(self, name: str) -> None:
         self._processes.kill(name)

@@ -72,12 +72,26 @@ def _workers_killed_while_starting_once(folder: Path, recorded: Recorded) -> Non
     assert hashes(run) == recorded.hashes
 
 
-def _workers_stopped_while_starting(folder: Path, recorded: Recorded) -> None:
+def _workers_stopped_while_starting_once(folder: Path, recorded: Recorded) -> None:
     run = recorded.copy(folder / "run")
-    process = start(run, "--workers", "2", "--stall-seconds", "10")
+    process = start(run, "--workers", "2", "--stall-seconds", "30")
     wait_until(lambda: len(workers(process.pid)) == 2)
     for pid in workers(process.pid):
         os.kill(pid, signal.SIGSTOP)
+    code, said = finish(process, 2 * _PATIENCE)
+    assert code == 0, said
+    assert hashes(run) == recorded.hashes
+
+
+def _workers_stopped_whenever_they_start(folder: Path, recorded: Recorded) -> None:
+    run = recorded.copy(folder / "run")
+    process = start(run, "--workers", "2", "--stall-seconds", "10")
+    until = time.monotonic() + 2 * _PATIENCE
+    while process.poll() is None and time.monotonic() < until:
+        for pid in workers(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.1)
     assert "no step was finished for 10 s with 0 workers ready" in _assert_ends_and_tells(process, run)
 
 
@@ -131,7 +145,8 @@ def _no_scheduler(folder: Path, recorded: Recorded) -> None:
 
 def _all_workers_stopped(folder: Path, recorded: Recorded) -> None:
     run = recorded.copy(folder / "run")
-    process = start(run, "--workers", "2", "--stall-seconds", "24", **{SECONDS: "0.05"})
+    # Long enough to find out that they are silent, a third of it, and to start others on a busy machine.
+    process = start(run, "--workers", "2", "--stall-seconds", "45", **{SECONDS: "0.05"})
     wait_until(lambda: shard_files(run))
     for pid in workers(process.pid):
         os.kill(pid, signal.SIGSTOP)
@@ -154,7 +169,8 @@ def _driver_killed(folder: Path, recorded: Recorded) -> None:
 STANDSTILL = (
     _scheduler_killed,
     _workers_killed_while_starting_once,
-    _workers_stopped_while_starting,
+    _workers_stopped_while_starting_once,
+    _workers_stopped_whenever_they_start,
     _workers_killed_whenever_they_start,
     _workers_of_another_killed,
     _scheduler_stopped,

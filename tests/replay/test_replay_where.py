@@ -252,6 +252,19 @@ def test_a_worker_that_never_registers_is_replaced_and_one_that_is_killed_too() 
         processes.stop()
 
 
+def test_the_next_of_workers_that_do_not_register_has_twice_the_time() -> None:
+    processes = WorkerProcesses("import time; time.sleep(600)", {}, [{}], patience=0.5)
+    try:
+        replaced = []
+        for seconds in (0, 0.7, 0.7, 0.7):
+            time.sleep(seconds)
+            processes.keep_up(())
+            replaced.append(processes.silent)
+        assert replaced == [0, 1, 1, 2]
+    finally:
+        processes.stop()
+
+
 def test_a_worker_ends_with_the_process_that_started_it() -> None:
     code = "from replay.workers import end_with_the_driver as end; import sys; sys.stdin.buffer.readline(); end()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as worker:
