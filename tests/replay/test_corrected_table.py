@@ -222,6 +222,19 @@ def test_standard_errors_know_components_so_a_tensor_newly_cut_is_computed_again
     assert np.isfinite(found["lca_standard_error"].sel(data="probe", component="query", layer="decoder.0")).all()
 
 
+def test_new_uses_of_a_tied_tensor_cost_nothing_where_they_are_not_told_apart(
+    plain: Path, replay: Command, correct: Any, evaluations: list[int], capsys: Captured
+) -> None:
+    asked = ("--chunk", CHUNK, "--tied-weights", "whole")
+    assert replay(plain, *asked) == 0
+    correct(plain, f"{WHOLE}\n[[rule]]\npattern = 'scores.weight'\ncomponent = 'output'\n")
+    assert Manifest.read(plain).parameters[1].uses
+    evaluations.clear()
+    assert replay(plain, *asked) == 0
+    assert evaluations == []
+    assert "of steps 0-5 the shards on batch are taken over" in capsys.readouterr().err
+
+
 def test_the_unit_axis_of_one_weight_alone_has_everything_computed_again(
     plain: Path, replay: Command, correct: Any, evaluations: list[int], capsys: Captured
 ) -> None:
