@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recorder import commandline
+from recorder import commandline, mapcommand
 from recorder.chordrun import ChordRun, open_run
 from recorder.estimate import estimate
 from recorder.manifest import MANIFEST_FILE, Attempt
+from recorder.mapcommand import origin_of_table
 from recorder.ranges import describe_ranges
 from recorder.runformat import Run
 from recorder.segments import list_segments
 from recorder.selection import StepSelection
+from recorder.usermap import read_map
 from recorder.verify import set_aside, verify
 
 PROGRAM = "python -m recorder"
@@ -44,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         help="store the tensors of every micro-batch (about 1%% of the parameters), or only indices and checksums",
     )
     _add_selection(fairseq, "--record-")
+    fairseq.add_argument(
+        "--record-map", type=Path, metavar="FILE", help="which parameter is which: a TOML file of naming rules"
+    )
     fairseq.add_argument("--record-quota", type=_size, metavar="SIZE", help="recording ends when the run has this size")
     fairseq.add_argument(
         "--record-segment-steps",
@@ -61,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--set-aside", action="store_true", help="move damaged segments to RUN/damaged, so that the rest can be used"
     )
+    mapping = commands.add_parser("map", help="print which parameter is which, and correct it")
+    mapcommand.add_arguments(mapping)
     cost = commands.add_parser("estimate", help="say what a recording would cost: bytes, disk, time")
     cost.add_argument("--parameters", type=_size, required=True, metavar="N", help="recorded parameters, such as 60M")
     cost.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -154,6 +161,9 @@ def _fairseq_train(options: argparse.Namespace, arguments: Sequence[str]) -> int
         name: getattr(options, f"record_{name}")
         for name in ("batches", "steps", "parameters", "quota", "segment_steps")
     }
+    if options.record_map is not None:
+        # Read now: a mistake in it is told before fairseq has read its data.
+        settings["map"] = read_map(options.record_map)
     train(options.record_dir, arguments, settings)
     rank, _ = this_process()
     if rank:
@@ -211,6 +221,7 @@ def _info(options: argparse.Namespace) -> int:
         "not_recorded_parameters": sum(row.size for row in rows if row.status == "not_recorded"),
         "buffers": len(manifest.buffers),
         "batches": manifest.batches,
+        "map": origin_of_table(manifest),
         "created": manifest.provenance.get("created"),
     }
     attempts = [_describe_attempt(run, entry) for entry in manifest.attempts]
@@ -320,8 +331,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commandline.guarded(PROGRAM, lambda: _fairseq_train(options, rest))
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    command = {"info": _info, "verify": _verify, "estimate": _estimate, "import": _import}[options.command]
-    return commandline.guarded(PROGRAM, lambda: command(options))
+    commands = {
+        "info": _info,
+        "verify": _verify,
+        "map": mapcommand.run_map,
+        "estimate": _estimate,
+        "import": _import,
+    }
+    return commandline.guarded(PROGRAM, lambda: commands[options.command](options))
 
 
 if __name__ == "__main__":

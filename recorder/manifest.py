@@ -97,6 +97,28 @@ class Attempt:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Correction:
+    """The user's later word on which parameter is which.
+
+    Parameters
+    ----------
+    source
+        In words, where it is from: the map's file, or the package's rules.
+    text
+        The file's text; empty where there was none.
+    created
+        When: ISO 8601, UTC.
+    recorded
+        Name to place of every parameter that it moved, as that was recorded: fields of its row.
+    """
+
+    source: str
+    text: str
+    created: str
+    recorded: Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What is recorded once for a run.
 
@@ -134,6 +156,8 @@ class Manifest:
         Of a run of path ``chord``: after how many updates each of its checkpoints was taken, ascending.
     provenance
         Versions and time of creation.
+    correction
+        Where the places in `parameters` are not those that were recorded: what they are from, and the recorded ones.
     """
 
     run_id: str
@@ -151,6 +175,7 @@ class Manifest:
     unrecorded_changes: tuple[str, ...] = ()
     checkpoints: tuple[int, ...] = ()
     provenance: Mapping[str, Any]
+    correction: Correction | None = None
 
     @property
     def trained(self) -> tuple[Parameter, ...]:
@@ -173,12 +198,14 @@ class Manifest:
         Returns
         -------
         dict
-            With ``format`` and ``version`` first; without ``checkpoints`` where there are none.
+            With ``format`` and ``version`` first; ``checkpoints`` and ``correction`` only where there are any.
         """
         document = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        if not self.checkpoints:
-            # Versions that knew recorded runs alone refuse fields that they do not know.
-            del document["checkpoints"]
+        document["parameters"] = [row.to_dict() for row in self.parameters]
+        # Versions that did not know a field refuse it.
+        for name in ("checkpoints", "correction"):
+            if not getattr(self, name):
+                del document[name]
         return document
 
     @classmethod
@@ -233,10 +260,12 @@ class Manifest:
         try:
             fields["parameters"] = tuple(Parameter.from_dict(row) for row in fields["parameters"])
             fields["attempts"] = tuple(Attempt(**row) for row in fields["attempts"])
+            if fields.get("correction") is not None:
+                fields["correction"] = Correction(**fields["correction"])
             for name in ("buffers", "unrecorded_changes", "checkpoints"):
                 fields[name] = tuple(fields.get(name, ()))
         except (AttributeError, TypeError) as error:
-            message = f"{source}: the parameter table, the attempts or the buffers are not understood ({error})"
+            message = f"{source}: parameter table, attempts, correction or buffers are not understood ({error})"
             raise FormatError(message) from error
         manifest = cls(**fields)
         if manifest.path not in {RECORDED, CHORD} or (manifest.path == CHORD) != bool(manifest.checkpoints):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from importlib import resources
 from typing import Any
 
@@ -98,7 +99,7 @@ class NamingRule:
         components = [part.component for part in self.parts] or [self.component]
         unknown = [component for component in components if component not in COMPONENTS]
         if unknown:
-            return f"component {unknown[0]!r} is none of {', '.join(COMPONENTS)}"
+            return f"component {unknown[0]!r} is none of {', '.join(COMPONENTS)}{_similar(unknown[0], COMPONENTS)}"
         if (self.component == FUSED) != bool(self.parts) or (self.parts and self.heads is not None):
             return "expected either a component, with its heads, or parts, each with their own"
         if self.repeats != 1 and not self.parts:
@@ -171,7 +172,9 @@ def parse_naming_rules(text: str, source: str) -> tuple[NamingRule, ...]:
     if unknown or not isinstance(fragments, dict) or not isinstance(rows, list):
         message = f"{source}: expected a table [fragments] and tables [[rule]], found {unknown or sorted(document)}"
         raise FormatError(message)
-    return tuple(_rule(row, fragments, f"{source}: naming rule {number}") for number, row in enumerate(rows, start=1))
+    return tuple(
+        naming_rule(row, f"{source}: naming rule {number}", fragments) for number, row in enumerate(rows, start=1)
+    )
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -186,16 +189,43 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "depth": (int,),
     "classes": (dict,),
 }
+_WORDS = {str: "a text", int: "an integer", list: "an array of tables", dict: "a table"}
 
 
-def _rule(row: Any, fragments: Mapping[str, str], source: str) -> NamingRule:
+def naming_rule(row: Any, source: str, fragments: Mapping[str, str] | None = None) -> NamingRule:
+    """Make a rule of a table.
+
+    Parameters
+    ----------
+    row
+        Field name to value, as TOML gives it.
+    source
+        Where it is from, for error messages.
+    fragments
+        What stands for ``{name}`` in its patterns.
+
+    Returns
+    -------
+    NamingRule
+        The rule.
+
+    Raises
+    ------
+    FormatError
+        As from `parse_naming_rules`.
+    """
+    fragments = fragments or {}
+    problem = _missing(row)
+    if problem:
+        message = f"{source} is not understood: {problem}"
+        raise FormatError(message)
     try:
         values = _checked(row, set(_TYPES) - {"units"})
         if "parts" in values:
             fields = {field.name for field in dataclasses.fields(PartRule)}
             values["parts"] = tuple(PartRule(**_checked(part, fields)) for part in values["parts"])
             values.setdefault("component", FUSED)
-        values["pattern"] = re.compile(_filled_in(values.get("pattern", ""), fragments))
+        values["pattern"] = re.compile(_filled_in(values["pattern"], fragments))
         classes = values.get("classes", {}).items()
         values["classes"] = {group: re.compile(_filled_in(name, fragments)) for group, name in classes}
         return NamingRule(**values, source=source)
@@ -204,18 +234,33 @@ def _rule(row: Any, fragments: Mapping[str, str], source: str) -> NamingRule:
         raise FormatError(message) from error
 
 
+def _missing(row: Any) -> str:
+    if isinstance(row, dict) and not set(row) - set(_TYPES):
+        if "pattern" not in row:
+            return "it has no field 'pattern'"
+        if not {"component", "parts"} & set(row):
+            return "it has no field 'component' (or 'parts', where one tensor holds several components)"
+    return ""
+
+
 def _checked(row: Any, fields: set[str]) -> dict[str, Any]:
     if not isinstance(row, dict):
         message = f"expected a table, found {row!r}"
         raise TypeError(message)
     for name, value in row.items():
         if name not in fields:
-            message = f"field {name!r} is none of {', '.join(sorted(fields))}"
+            message = f"field {name!r} is none of {', '.join(sorted(fields))}{_similar(name, fields)}"
             raise TypeError(message)
-        if not isinstance(value, _TYPES[name]):
-            message = f"{name} = {value!r} is of the wrong type"
+        if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and str not in _TYPES[name]):
+            expected = " or ".join(_WORDS[kind] for kind in _TYPES[name])
+            message = f"{name} = {value!r} is of the wrong type: expected {expected}"
             raise TypeError(message)
     return dict(row)
+
+
+def _similar(word: str, words: Iterable[str]) -> str:
+    close = get_close_matches(word, list(words), n=2)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _filled_in(text: str, fragments: Mapping[str, str]) -> str:

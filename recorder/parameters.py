@@ -75,7 +75,7 @@ def parameter_table(
             model_dtype=None if model_dtype == dtype else model_dtype,
             status="trained" if tensor.requires_grad else "untrained",
         )
-        table.append(_placed(row, _uses(model, of_tensor, places)))
+        table.append(placed(row, _uses(model, of_tensor, places)))
     return tuple(table)
 
 
@@ -89,19 +89,57 @@ def _uses(model: nn.Module, names: Sequence[str], places: Mapping[str, Place]) -
     for name in names:
         module, _, attribute = name.rpartition(".")
         slots.setdefault((id(model.get_submodule(module)), attribute), []).append(name)
+    return uses_among(slots.values(), names, places)
+
+
+def uses_among(
+    slots: Iterable[Sequence[str]], names: Sequence[str], places: Mapping[str, Place], *, by_layer: bool = True
+) -> list[tuple[Place, list[str]]]:
+    """Find the uses of one tensor, from the places of its names.
+
+    Parameters
+    ----------
+    slots
+        Its names, those that stand for one module's attribute together.
+    names
+        The same, in the model's order.
+    places
+        Name to place.
+    by_layer
+        Whether two slots with the same components in different layers are two uses.
+
+    Returns
+    -------
+    list of (Place, list of str)
+        Every use with its names, the one of the first name first. Names of component ``other`` go along with it.
+    """
     uses: dict[tuple[str, ...], tuple[Place, list[str]]] = {}
-    unknown = []
-    for slot in slots.values():
+    unknown: list[str] = []
+    for slot in slots:
         place = next((places[name] for name in slot if places[name].component != "other"), None)
         if place is None:
             unknown.extend(slot)
         else:
-            uses.setdefault(place.cell, (place, []))[1].extend(slot)
+            uses.setdefault(place.cell if by_layer else place.cell[1:], (place, []))[1].extend(slot)
     (first, known), *others = uses.values() or [(places[names[0]], [])]
     return [(first, [name for name in names if name in {*known, *unknown}]), *others]
 
 
-def _placed(row: Parameter, uses: Sequence[tuple[Place, Sequence[str]]]) -> Parameter:
+def placed(row: Parameter, uses: Sequence[tuple[Place, Sequence[str]]]) -> Parameter:
+    """Put a row into its place.
+
+    Parameters
+    ----------
+    row
+        The row, without uses.
+    uses
+        As `uses_among` gives them.
+
+    Returns
+    -------
+    Parameter
+        The row, with its uses where there are several.
+    """
     rows = [
         dataclasses.replace(
             row,

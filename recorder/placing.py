@@ -16,6 +16,8 @@ from recorder.table import FUSED, MODEL_LAYER, Parameter, Part
 if TYPE_CHECKING:
     from torch import nn
 
+_NOT_LIVE = "the live model is not here, only names and shapes: give numbers, such as heads = 8"
+
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Names that torch.compile, FSDP and activation checkpointing insert into a parameter's name; rules do not see them."""
 
@@ -85,13 +87,28 @@ def find_places(
     dict
         Name to place. Where layers of one stack stand in different towers, the tower is part of the stack's name.
     """
-    places = {name: _place(model, name, shape, rules) for name, shape in shapes.items()}
+    return apart({name: _place(model, name, shape, rules) for name, shape in shapes.items()})
+
+
+def apart(places: Mapping[str, Place]) -> dict[str, Place]:
+    """Tell layers of one stack apart that stand in different towers.
+
+    Parameters
+    ----------
+    places
+        Name to place, of a whole model.
+
+    Returns
+    -------
+    dict
+        Name to place. Where there are several towers, the tower is part of the stack's name.
+    """
     towers: dict[str, set[str]] = {}
     for place in places.values():
         if place.depth >= 0:
             towers.setdefault(place.stack, set()).add(place.tower)
     return {
-        name: dataclasses.replace(place, stack=f"{place.tower}.{place.stack}")
+        name: dataclasses.replace(place, stack=f"{place.tower}.{place.stack}", tower="")
         if place.tower and len(towers.get(place.stack, ())) > 1
         else place
         for name, place in places.items()
@@ -99,23 +116,73 @@ def find_places(
 
 
 def _place(model: nn.Module, name: str, shape: tuple[int, ...], rules: Sequence[NamingRule]) -> Place:
-    plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     for rule in rules:
-        match = rule.pattern.fullmatch(plain)
-        if match is None:
-            continue
-        groups = match.groupdict()
-        if not all(_is_a(_module(model, groups[group]), rule, group) for group in rule.classes):
-            continue
         try:
-            place = _applied(rule, _Surroundings(model, name, groups, rule.source), shape)
-            Parameter(name=name, shape=shape, dtype="", **place.fields())
+            place = place_by(rule, model, name, shape)
         except FormatError:
             if not rule.optional:
                 raise
         else:
-            return place
+            if place is not None:
+                return place
     return Place()
+
+
+def plain_name(name: str) -> str:
+    """Take out of a parameter's name what wrappers have inserted: what patterns are matched against.
+
+    Parameters
+    ----------
+    name
+        As in ``model.named_parameters()``.
+
+    Returns
+    -------
+    str
+        Without `WRAPPERS`.
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def place_by(rule: NamingRule, model: nn.Module | None, name: str, shape: tuple[int, ...]) -> Place | None:
+    """Find the place of a tensor by one rule.
+
+    Parameters
+    ----------
+    rule
+        The rule.
+    model
+        The live module; None where only names and shapes are known.
+    name, shape
+        Of the tensor.
+
+    Returns
+    -------
+    Place or None
+        None where the rule does not apply.
+
+    Raises
+    ------
+    FormatError
+        If the rule does not fit the tensor, the model lacks an attribute that it names, or it asks for the live
+        module and there is none.
+    """
+    match = rule.pattern.fullmatch(plain_name(name))
+    if match is None:
+        return None
+    groups = match.groupdict()
+    if rule.classes and model is None:
+        message = f"{rule.source}, for parameter {name!r}: asks for classes of modules; {_NOT_LIVE}"
+        raise FormatError(message)
+    if not all(_is_a(_module(model, groups[group]), rule, group) for group in rule.classes):
+        return None
+    place = _applied(rule, _Surroundings(model, name, groups, rule.source), shape)
+    try:
+        Parameter(name=name, shape=shape, dtype="", **place.fields())
+    except FormatError as error:
+        message = f"{rule.source}: {error}"
+        raise FormatError(message) from error
+    return place
 
 
 def _is_a(module: nn.Module | None, rule: NamingRule, group: str) -> bool:
@@ -125,7 +192,7 @@ def _is_a(module: nn.Module | None, rule: NamingRule, group: str) -> bool:
     )
 
 
-def _module(model: nn.Module, path: str | None) -> nn.Module | None:
+def _module(model: nn.Module | None, path: str | None) -> nn.Module | None:
     module: nn.Module | None = None if path is None else model
     for part in (path or "").rstrip(".").split("."):
         module = _unwrapped(module)
@@ -178,7 +245,7 @@ def _parts(rules: Sequence[PartRule], surroundings: _Surroundings, units: int) -
 class _Surroundings:
     """Where a rule's numbers are looked up: the model, and what the pattern found in the parameter's name."""
 
-    model: nn.Module
+    model: nn.Module | None
     name: str
     groups: Mapping[str, str | None]
     source: str
@@ -203,6 +270,9 @@ class _Surroundings:
         """
         if number is None or isinstance(number, int):
             return number or 0
+        if self.model is None:
+            message = f"{self.source}, for parameter {self.name!r}: {number!r} is an attribute; {_NOT_LIVE}"
+            raise FormatError(message)
         path = number.removeprefix(MODEL_PREFIX)
         at = "" if path != number else self.groups["attention"]
         found: Any = _module(self.model, at)

@@ -32,6 +32,8 @@ from recorder.recipe import current_recipe
 from recorder.recovery import recover_locked
 from recorder.runformat import Run
 from recorder.segments import SEGMENTS_FOLDER, list_segments
+from recorder.table import place_of, with_place
+from recorder.telling import LOG
 
 if TYPE_CHECKING:
     from recorder.modelbuffers import ModelBuffers
@@ -59,6 +61,8 @@ class Settings:
         The training program.
     files
         What the trainer needs to be rebuilt: name in ``trainer/`` to where it is now.
+    map
+        What the run keeps of the user's map; None where none was given.
     """
 
     batches: str
@@ -66,6 +70,7 @@ class Settings:
     workload: str | None
     trainer: Trainer
     files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    map: Mapping[str, str] | None = None
 
 
 class RunFolder:
@@ -191,7 +196,7 @@ class RunFolder:
                 attempts=(attempt,),
                 buffers=buffers.changing,
                 files=self._copy_files(),
-                provenance=_provenance(),
+                provenance={**_provenance(), **self._map()},
             )
         else:
             found = self._before.manifest
@@ -202,15 +207,33 @@ class RunFolder:
                 buffers=tuple(dict.fromkeys((*found.buffers, *buffers.changing))),
                 optimizer=optimizer if replaces_all else found.optimizer,
                 recipe=recipe if replaces_all else found.recipe,
+                provenance={**found.provenance, **self._map()},
             )
         self._keep_ballast()
         self.manifest.write(self.path)
         return self.manifest
 
+    def _map(self) -> dict[str, Mapping[str, str]]:
+        corrected = self._before is not None and self._before.manifest.correction is not None
+        return {} if self._settings.map is None or corrected else {"map": self._settings.map}
+
+    def _places(self, live: tuple[Parameter, ...], found: Manifest) -> tuple[Parameter, ...]:
+        # A map corrected afterwards stands above the one that the training was started with, and is not undone by a
+        # restart; nor is one that was given only the first time.
+        keeps = found.correction is not None or ("map" in found.provenance and self._settings.map is None)
+        if not keeps:
+            return live
+        kept = tuple(with_place(new, place_of(old)) for old, new in zip(found.parameters, live, strict=True))
+        if kept != live:
+            source = found.provenance["map"]["source"] if found.correction is None else found.correction.source
+            LOG.info("which parameter is which stays as the run has it, by %s (python -m recorder map)", source)
+        return kept
+
     def _join(self, watched: Watched, step: int) -> str:
         assert self._before is not None
         t, before = self._first_step, self._before
-        watched.table = _merged(self.path, before.manifest.parameters, watched.table)
+        merged = _merged(self.path, before.manifest.parameters, watched.table)
+        watched.table = self._places(merged, before.manifest)
         once = before.untrained()
         constant = {
             name: tensor

@@ -23,11 +23,14 @@ from recorder.runfolder import RunFolder, Settings
 from recorder.selection import StepSelection
 from recorder.sharded import refuse_what_cannot_be_gathered
 from recorder.telling import LOG, tell_on_the_terminal
+from recorder.usermap import read_map
 from recorder.watched import Watched
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+    from recorder.usermap import Map, UserMap
 
 
 def watch(
@@ -39,6 +42,7 @@ def watch(
     batches: Batches = "store",
     steps: str = "all",
     parameters: Sequence[str] = (),
+    map: Map | UserMap | None = None,  # noqa: A002 (the same word as in `python -m recorder map`)
     quota: int | None = None,
     updates: int | None = None,
     masters: Mapping[str, torch.Tensor] | None = None,
@@ -80,6 +84,9 @@ def watch(
     parameters
         Which parameters to record: shell patterns over their names, with ``!`` before those to leave out; all by
         default. What is left out must not change, or the run cannot be replayed.
+    map
+        Which parameter is which, for a model that lossledger does not know: a TOML file of naming rules, or a function
+        (`recorder.usermap.read_map`, docs/maps.md). It comes before the package's own rules.
     quota
         Bytes that the run's folder may have; before it would have more, recording ends and training goes on. Of
         several processes none knows the last micro-batches of the others: up to a segment of them may come on top.
@@ -128,6 +135,7 @@ def watch(
     if isinstance(model, DistributedDataParallel):
         model = model.module
     selection = StepSelection(steps)
+    user_map = None if map is None else read_map(map)
     names = [name for name, _ in model.named_parameters()]
     left_out = set(names) - select_names(names, parameters)
     if len(left_out) == len(names):
@@ -139,11 +147,12 @@ def watch(
         workload=workload,
         trainer=trainer or Trainer(name="torch", version=str(torch.__version__)),
         files=files or {},
+        map=None if user_map is None else user_map.provenance(),
     )
     kept = {name: tensor for name, tensor in model.named_parameters() if name not in left_out}
     refuse_what_cannot_be_gathered(model, optimizer, kept)
     tell_on_the_terminal()
-    watched = Watched(model, optimizer, left_out=left_out, masters=masters)
+    watched = Watched(model, optimizer, left_out=left_out, masters=masters, user_map=user_map)
     try:
         folder, lock = _opened_together(Path(run), settings, first_step)
     except Exception:

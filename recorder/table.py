@@ -30,6 +30,9 @@ COMPONENTS = (*ATTENTION_COMPONENTS, "gate", "W1", "W2", "embedding", "position"
 FUSED = "fused"
 """In place of a component where one tensor holds several: `Parameter.fused` says which."""
 
+PLACE = ("layer", "stack", "depth", "component", "unit_axis", "heads", "fused", "repeats", "uses")
+"""The fields of a row that say which parameter it is; the others say what was recorded."""
+
 Status = Literal["trained", "untrained", "not_recorded"]
 
 
@@ -289,3 +292,38 @@ def split_by_use(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:
         for parameter in parameters
         for use in parameter.uses or (parameter,)
     )
+
+
+def place_of(parameter: Parameter) -> dict[str, Any]:
+    """Take of a row what says which parameter it is.
+
+    Parameters
+    ----------
+    parameter
+        The row.
+
+    Returns
+    -------
+    dict
+        The fields of `PLACE` as plain JSON types.
+    """
+    return {name: value for name, value in parameter.to_dict().items() if name in PLACE}
+
+
+def with_place(parameter: Parameter, place: Mapping[str, Any]) -> Parameter:
+    """Put another place into a row.
+
+    Parameters
+    ----------
+    parameter
+        The row.
+    place
+        As `place_of` gives it. A `FormatError` tells if it does not fit the row.
+
+    Returns
+    -------
+    Parameter
+        The row with it; name, shape, dtypes, aliases and status stay.
+    """
+    rest = {name: value for name, value in parameter.to_dict().items() if name not in PLACE}
+    return Parameter.from_dict({**rest, **place})

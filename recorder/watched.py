@@ -18,12 +18,14 @@ from recorder import tensorfile
 from recorder.manifest import OptimizerFacts
 from recorder.masters import masters_by_first_name
 from recorder.ownership import Ownership
-from recorder.parameters import parameter_table
 from recorder.sharded import is_sharded, local, whole
+from recorder.usermap import table_of
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+    from recorder.usermap import UserMap
 
 
 class Watched:
@@ -40,6 +42,8 @@ class Watched:
     masters
         Parameter name to the tensor that the optimizer updates for it, where that is not the model's own: a float32
         copy of a 16-bit parameter, or a view of its part of a flat one.
+    user_map
+        The user's own map, where there is one.
 
     Attributes
     ----------
@@ -62,6 +66,7 @@ class Watched:
         *,
         left_out: Collection[str] = (),
         masters: Mapping[str, torch.Tensor] | None = None,
+        user_map: UserMap | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -73,7 +78,7 @@ class Watched:
         self._recorded_buffers: tuple[str, ...] = ()
         self.table = tuple(
             dataclasses.replace(row, status="not_recorded") if row.name in left_out else row
-            for row in parameter_table(model, masters=masters)
+            for row in table_of(model, user_map, masters=masters)
         )
         self.device = next(iter(tensors.values())).device
         self.sharded = any(is_sharded(tensor) for tensor in self._ownership.recorded.values())

@@ -39,6 +39,8 @@ def _reduce(arguments: argparse.Namespace, command: str) -> int:
     out = arguments.out or arguments.run / cube.FILE_NAME
     plan = pipeline.plan(arguments.run, arguments.settings)
     cube.check_destination(out, overwrite=arguments.overwrite)
+    for line in sources.passed_over(arguments.run, plan.chosen):
+        commandline.say(line)
     for source in plan.chosen:
         if gap := sources.missing(source, plan.steps, plan.updates):
             commandline.say(f"{source.loss_data}: not replayed: steps {gap}; NaN there, with status missing")

@@ -63,7 +63,8 @@ def choose(run: Path, hashes: Sequence[str] = ()) -> tuple[Source, ...]:
     Returns
     -------
     tuple of Source
-        Ordered by the name of the loss data.
+        Ordered by the name of the loss data. Where no hash decides, shards of a former parameter table are passed
+        over, as long as there are some of the present one.
 
     Raises
     ------
@@ -71,6 +72,7 @@ def choose(run: Path, hashes: Sequence[str] = ()) -> tuple[Source, ...]:
         If a hash is unknown, or a choice is left open, or the chosen follow different paths.
     """
     folders = shards.folders(run)
+    outdated = {folder.settings.hash for folder in _outdated(run, folders)}
     chosen = []
     unknown = set(hashes) - {folder.settings.hash for folder in folders}
     if unknown:
@@ -79,7 +81,11 @@ def choose(run: Path, hashes: Sequence[str] = ()) -> tuple[Source, ...]:
         raise UsageError(message)
     for name in dict.fromkeys(folder.settings.loss_data for folder in folders):
         candidates = [folder for folder in folders if folder.settings.loss_data == name]
-        wanted = [folder for folder in candidates if folder.settings.hash in hashes] or candidates
+        wanted = (
+            [folder for folder in candidates if folder.settings.hash in hashes]
+            or [folder for folder in candidates if folder.settings.hash not in outdated]
+            or candidates
+        )
         if len(wanted) > 1:
             fields = tuple(dict.fromkeys(("rule", *_differing(wanted))))
             found = "; ".join(_describe(folder, fields) for folder in wanted)
@@ -95,6 +101,39 @@ def choose(run: Path, hashes: Sequence[str] = ()) -> tuple[Source, ...]:
         message = f"{run}: expected shards along one path, found {found}. Replay all loss data along the same path."
         raise UsageError(message)
     return tuple(Source(folder=folder, ranges=tuple(folder.finished())) for folder in chosen)
+
+
+def passed_over(run: Path, chosen: Sequence[Source]) -> list[str]:
+    """Say which shards were not chosen because the parameter table has changed since.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    chosen
+        What `choose` gave.
+
+    Returns
+    -------
+    list of str
+        A line for each folder.
+    """
+    taken = {source.folder.settings.hash: source for source in chosen}
+    return [
+        f"{folder.settings.loss_data}: the shards {folder.settings.hash} of a former parameter table are passed over"
+        for folder in _outdated(run, shards.folders(run))
+        if folder.settings.hash not in taken
+    ]
+
+
+def _outdated(run: Path, folders: Sequence[shards.ShardFolder]) -> list[shards.ShardFolder]:
+    table = shards.marked_table(run)
+    present = {folder.settings.loss_data for folder in folders if folder.settings.parameter_table == table}
+    return [
+        folder
+        for folder in folders
+        if folder.settings.parameter_table != table and folder.settings.loss_data in present
+    ]
 
 
 def all_steps(sources: Sequence[Source]) -> Steps:
@@ -218,7 +257,7 @@ def _check_same_run(folders: Sequence[shards.ShardFolder]) -> None:
             names = ", ".join(sorted({parameter.name for parameter in differing})) or "their order"
             message = (
                 f"{folder.path}: expected the parameter table of {first.path}, found another (different: {names}); "
-                "replay both with the same lossledger"
+                "replay both with the same lossledger: python -m replay takes over what it can of a former table"
             )
             raise FormatError(message)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 
 from recorder import commandline
 from recorder.errors import UsageError
@@ -15,7 +16,7 @@ from recorder.manifest import MANIFEST_FILE, Manifest
 from recorder.ranges import describe_ranges
 from recorder.runformat import Run
 from replay import arguments, dropout, dryrun, where
-from replay.adoption import adopt_pruned
+from replay.adoption import takable, take_over
 from replay.arguments import PROGRAM
 from replay.conclusion import conclude
 from replay.follow import Following, wait_for_first_step
@@ -29,7 +30,7 @@ from replay.pruning import prune_finished
 from replay.selfcheck import check_update
 from replay.separation import opened_by_use
 from replay.serial import run_serially
-from replay.shards import FOLDER
+from replay.shards import FOLDER, mark_table
 from replay.stale import remove_stale
 from replay.where import Where
 from replay.work import Replayer
@@ -48,6 +49,23 @@ def _wanted(text: str | None, run: Run, tasks: Sequence[Task]) -> list[Task]:
     first, last = int(start or 0), int(stop) if stop else None
     updates = {task: (run.updates(task.start)[0], run.updates(task.stop - 1)[1]) for task in tasks}
     return [task for task, (start, stop) in updates.items() if stop > first and (last is None or start < last)]
+
+
+def _without(tasks: Sequence[Task], taken: Mapping[str, Collection[tuple[int, int]]]) -> list[Task]:
+    # A dry run takes nothing over; what a replay would take over is not to do.
+    for name, ranges in taken.items():
+        if ranges:
+            commandline.say(
+                f"the shards on {name} of {describe_ranges(sorted(ranges))} will be taken over, not computed"
+            )
+    left = [
+        dataclasses.replace(
+            task,
+            loss_data=tuple(name for name in task.loss_data if (task.start, task.stop) not in taken.get(name, ())),
+        )
+        for task in tasks
+    ]
+    return [task for task in left if task.loss_data]
 
 
 def _say_dropout(opened: Replayer) -> str:
@@ -91,7 +109,8 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where, tied: Seq
     if not options.dry_run:
         opened.make_folders()
         remove_stale(opened)
-        adopt_pruned(opened)
+        take_over(opened)
+        mark_table(run.path, next(iter(opened.folders.values())).settings.parameter_table)
     consecutive = run.consecutive
     for of_entries in opened.entries.values():
         of_entries.refuse_pruned(run.pruned, consecutive)
@@ -106,6 +125,8 @@ def _sit(options: argparse.Namespace, opened: Replayer, chosen: Where, tied: Seq
         again=options.overwrite,
         whole=options.follow and still,
     )
+    if options.dry_run and not options.overwrite:
+        to_do = _without(to_do, takable(opened))
     tasks = [task for task in to_do if (task.start, task.stop) in ours]
     steps = sum(task.stop - task.start for task in tasks)
     commandline.say(

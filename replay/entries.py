@@ -343,6 +343,23 @@ def remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Calla
         return _remove_stale(folder, recorded, attempts_within)
 
 
+def move(source: ShardFolder, target: ShardFolder) -> None:
+    """Move sums and parts to another folder of shards, where single entries have the same names and numbers.
+
+    Parameters
+    ----------
+    source, target
+        The two folders. A window of which the target holds anything stays where it is.
+    """
+    there = {window for _, window, _ in _files(target.path)}
+    for path, window, _ in list(_files(source.path)):
+        if window not in there:
+            file = tensorfile.TensorFile(path)
+            tensors = {row.name: file.array(row.name) for row in target.trained if row.tied_to is None}
+            tensorfile.write(target.path / path.name, tensors, {**file.facts, "settings": target.settings.hash})
+            path.unlink(missing_ok=True)
+
+
 def _remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Callable[[int, int], Attempts]) -> int:
     stale = []
     for path, window, steps in _files(folder):

@@ -75,7 +75,10 @@ class Following:
         run = Run(before.path)
         refuse_unrecorded_changes(run)
         if digest_of_table(run.manifest.parameters) != self._opened.job.table:
-            self.ended, self.why_anew = True, "the training has gone on to train further parameters"
+            self.ended, self.why_anew = (
+                True,
+                "the training has gone on to train further parameters, or its parameter table was corrected",
+            )
             return []
         self.ended = run.manifest.state != "recording"
         if run.segments == before.segments and not self.ended:

@@ -2,6 +2,7 @@
 
     RUN/shards/<settings-hash>/settings.json                       one loss data, rule and recipe; the parameter table
     RUN/shards/<settings-hash>/00000000-00000008.safetensors       steps 0 to 7
+    RUN/shards/table.json                                          which parameter table the run has now
 
 Described for readers in any language in docs/formats/shards.md. This module is the door for all who write or read
 shards; what is in a file is the matter of `columns` and `shardfile`. None of them imports torch. The settings decide
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from recorder import durable
 from recorder.errors import FormatError, UsageError
 from recorder.table import ATTENTION_COMPONENTS, COMPONENTS, MODEL_LAYER, Parameter, Part
-from replay.columns import PER_PARAMETER, PER_STEP, PER_UNIT, Shard, Status
+from replay.columns import COUNTS, PER_PARAMETER, PER_STEP, PER_UNIT, Shard, Status
 from replay.settings import VERSION, Settings
 from replay.shardfile import FORMAT, open_shard, read_per_step, read_shard, read_updates, write_shard
 
@@ -48,10 +49,12 @@ __all__ = [
     "ShardFolder",
     "Status",
     "folders",
+    "marked_table",
 ]
 
 FOLDER = "shards"
 SETTINGS_FILE = "settings.json"
+TABLE_FILE = "table.json"
 LEFTOVER_SECONDS = 3600.0
 """A temporary file this old is a killed writer's; a younger one may be another process's, at work in the folder."""
 
@@ -356,6 +359,21 @@ class ShardFolder:
         """
         return read_per_step(self._open_shard(start, stop))
 
+    def sampled(self, start: int, stop: int) -> bool:
+        """Say whether a shard holds what standard errors are made of; nothing else of it is read.
+
+        Parameters
+        ----------
+        start, stop
+            One of the ranges of `finished`.
+
+        Returns
+        -------
+        bool
+            Whether it does.
+        """
+        return COUNTS in self._open_shard(start, stop).names
+
     def updates(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Read after how many updates the steps of a shard begin and end.
 
@@ -405,6 +423,42 @@ def folders(run: Path) -> list[ShardFolder]:
         message = f"{run}: holds no shards; run first: python -m replay --run {run}"
         raise UsageError(message)
     return sorted(replayed, key=lambda folder: (folder.settings.loss_data, folder.settings.hash))
+
+
+def mark_table(run: Path, table: str) -> None:
+    """Note which parameter table the run has now: shards of another one are outdated.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    table
+        The digest of the table.
+    """
+    if marked_table(run) != table:
+        document = {"format": FORMAT, "version": VERSION, "parameter_table": table}
+        durable.write_text(Path(run) / FOLDER / TABLE_FILE, json.dumps(document) + "\n")
+
+
+def marked_table(run: Path) -> str | None:
+    """Say which parameter table the run had when it was last replayed.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+
+    Returns
+    -------
+    str or None
+        The digest of the table; None where no replay has noted it.
+    """
+    try:
+        document = json.loads((Path(run) / FOLDER / TABLE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    table = document.get("parameter_table") if isinstance(document, dict) else None
+    return table if isinstance(table, str) else None
 
 
 def _sweep(folder: Path) -> None:

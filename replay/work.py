@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -38,6 +38,9 @@ from replay.rows import Rows
 from replay.settings import Settings, digest_of_table
 from replay.shards import ShardFolder
 from replay.tolerance import Tolerance
+
+if TYPE_CHECKING:
+    from recorder.manifest import Manifest
 
 
 class Replayer:
@@ -146,6 +149,7 @@ class Replayer:
             "trainer": dataclasses.asdict(manifest.trainer),
             "recipe": dict(manifest.recipe),
             "buffers": list(manifest.buffers),
+            **_correction(manifest),
         }
         return ShardFolder.of(self.run.path, settings, self.parameters, provenance)
 
@@ -352,6 +356,11 @@ class Replayer:
         if name in self._in_groups:
             ends.done[name] = allocation
         return allocation
+
+
+def _correction(manifest: Manifest) -> dict[str, Any]:
+    found = manifest.correction
+    return {} if found is None else {"map": {"source": found.source, "text": found.text, "created": found.created}}
 
 
 class Surface(Protocol):

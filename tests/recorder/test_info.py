@@ -44,6 +44,7 @@ def test_info_for_a_machine_is_one_json_object_on_standard_output(
         "not_recorded_parameters": 0,
         "buffers": 0,
         "batches": "store",
+        "map": "as recorded",
         "created": manifest.provenance["created"],
         "attempts": [
             {

@@ -19,7 +19,7 @@ from recorder.runformat import Run
 from recorder.table import Parameter, Part
 from reduce import open_cube
 from reduce.__main__ import main as reduce_main
-from replay.adoption import adopt_pruned
+from replay.adoption import take_over
 from replay.blocks import BLOCK
 from replay.cost import bytes_in_memory
 from replay.job import Job, Task
@@ -276,7 +276,7 @@ def test_shards_of_pruned_steps_are_taken_over_when_tied_and_fused_parameters_jo
     former.write(0, 4, shard, attempts)
     now.remove(0, 4)
     of_run = SimpleNamespace(path=run, pruned=[(0, 4)], attempts_within=lambda start, stop: attempts)
-    adopt_pruned(cast("Replayer", SimpleNamespace(run=of_run, folders={"probe": now})))
+    take_over(cast("Replayer", SimpleNamespace(run=of_run, folders={"probe": now})))
     found = now.read(0, 4)
     for row in now.trained:
         for quantity in ("sum", "zero_count"):
