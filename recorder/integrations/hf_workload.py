@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,7 @@ class TrainerWorkload:
         self._label_smoothing = label_smoothing
         self._shift_labels = shift_labels
         self._columns: frozenset[str] | None = None
+        self._divides_by_all: bool | None = None
 
     def model(self) -> nn.Module:
         """Build the model.
@@ -195,6 +197,48 @@ class TrainerWorkload:
         expected = targets(batch["labels"], shifted=shifted)
         loss_sum = summed_cross_entropy(model(**inputs).logits, expected, self._label_smoothing)
         return loss_sum, expected.ne(IGNORED).sum()
+
+    def weight(self, model: nn.Module, batch: Any) -> float:
+        """Weigh a micro-batch as a Trainer does that accumulates gradients.
+
+        Most models divide their loss by the predictions of the whole accumulation, which the Trainer tells them.
+        Others (BERT) divide by those of the micro-batch, so that every micro-batch counts as much as any.
+
+        Parameters
+        ----------
+        model
+            The model.
+        batch
+            A micro-batch.
+
+        Returns
+        -------
+        float
+            The weight of the summed loss.
+        """
+        if self._divides_by_all is None:
+            self._divides_by_all = _divides_by_all(model, batch)
+        if self._divides_by_all:
+            return 1.0
+        _, predictions = self.loss(model, batch)
+        return 1 / max(1, int(predictions))
+
+
+def _divides_by_all(model: nn.Module, batch: Any) -> bool:
+    inner = unwrapped(model)
+    takes = inspect.signature(inner.forward).parameters.values()
+    if not getattr(inner, "accepts_loss_kwargs", any(entry.kind is entry.VAR_KEYWORD for entry in takes)):
+        return False
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            by_one, by_two = (
+                float(model(**batch, num_items_in_batch=torch.tensor(number)).loss) for number in (1, 2)
+            )
+    finally:
+        model.train(training)
+    return not math.isclose(by_one, by_two, rel_tol=1e-3)
 
 
 @contextmanager
