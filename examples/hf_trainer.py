@@ -49,7 +49,7 @@ class Progressions(torch.utils.data.Dataset[dict[str, Any]]):
     Parameters
     ----------
     which
-        Progression i starts at i, with a step of i // 23.
+        Progression i starts at i, with a step of 1, 2 or 3.
     """
 
     def __init__(self, which: range) -> None:
@@ -59,7 +59,8 @@ class Progressions(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self._which)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, step = self._which[index], self._which[index] // MODULUS
+        start = self._which[index]
+        step = 1 + start // MODULUS % 3
         numbers = (start + step * torch.arange(LENGTH)) % MODULUS
         return {"input_ids": numbers, "labels": numbers, "step": step}
 
