@@ -38,9 +38,9 @@ from recorder.integrations.hf_workload import TrainerWorkload
 MODULUS = 23
 GAP = MODULUS
 LENGTH = 12
-TRAIN = range(0, 900)
-VALID = range(900, 1000)
-UPDATES = 20
+TRAIN = range(1000)
+VALID = range(1000, 1100)
+UPDATES = 12
 
 
 class Progressions(torch.utils.data.Dataset[dict[str, Any]]):
@@ -163,13 +163,13 @@ def train(run: str, model: str) -> None:
     with tempfile.TemporaryDirectory() as checkpoints:
         arguments = TrainingArguments(
             output_dir=checkpoints,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=64,
             gradient_accumulation_steps=2,
             max_steps=UPDATES,
             learning_rate=1e-2,
             warmup_steps=2,
             eval_strategy="steps",
-            eval_steps=10,
+            eval_steps=6,
             report_to=[],
         )
         Trainer(

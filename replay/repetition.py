@@ -194,14 +194,14 @@ def _accumulate_gradients(
     manifest: Manifest, workload: Workload, model: nn.Module, step: Step, device: torch.device
 ) -> list[tuple[float, float]]:
     scale = LARGEST_LOSS_SCALE if any(row.computed_dtype == "float16" for row in manifest.trained) else 1.0
-    weighs = isinstance(workload, WeighsMicroBatches) and len(step.micro_batches) > 1
+    weighing = workload if isinstance(workload, WeighsMicroBatches) and len(step.micro_batches) > 1 else None
     while True:
         for parameter in model.parameters():
             parameter.grad = None
         losses = []
         for micro_batch in step.micro_batches:
             batch = to_device(recorded_or_collated(workload, step, micro_batch), device)
-            weight = scale * (workload.weight(model, batch) if weighs else 1)
+            weight = scale * (1 if weighing is None else weighing.weight(model, batch))
             micro_batch.set_random_state(device)
             with _autocast(manifest, device):
                 loss_sum, predictions = workload.loss(model, batch)

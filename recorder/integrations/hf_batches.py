@@ -75,7 +75,7 @@ class Carried:
         Carried
             The batch as torch pins one, with the same indices.
         """
-        return Carried(self.indices, pin_memory(self.batch))
+        return Carried(self.indices, pin_memory(self.batch))  # type: ignore[no-untyped-call]
 
 
 class IndexedDataset:
@@ -121,6 +121,18 @@ class CarryingCollator:
         self._collate = collate
 
     def __call__(self, fetched: Fetched) -> Carried:
+        """Collate what the loader fetched.
+
+        Parameters
+        ----------
+        fetched
+            From an `IndexedDataset`.
+
+        Returns
+        -------
+        Carried
+            The batch and its indices.
+        """
         return Carried(fetched.indices, self._collate(fetched.examples))
 
 

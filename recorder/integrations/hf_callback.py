@@ -261,7 +261,7 @@ def _tell_callbacks_of_failures() -> None:
             stack.push(lambda *failure: _fail_all(trainer, *failure))
             return train(trainer, *arguments, **named)
 
-    told.tells_recorder = True
+    told.tells_recorder = True  # type: ignore[attr-defined]
     transformers.Trainer.train = told
 
 

@@ -1,4 +1,4 @@
-"""The loss of a language model of transformers as a sum over predictions, and what a Trainer's loss has to do with it."""
+"""The loss of a language model of transformers as a sum over predictions; how a Trainer's number relates to it."""
 
 from __future__ import annotations
 
@@ -145,9 +145,10 @@ class LossReader:
             For the pass.
         """
         labels = batch.get("labels") if hasattr(batch, "get") else None
-        usable = self._known and isinstance(labels, torch.Tensor) and not labels.is_floating_point()
-        # The loss function may take the labels out of the batch.
-        self._expected = targets(labels, shifted=bool(self._shifted)) if usable else None
+        self._expected = None
+        if self._known and isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+            # Now, for the loss function may take the labels out of the batch.
+            self._expected = targets(labels, shifted=bool(self._shifted))
         if self._expected is None or self._kind is not None:
             yield
             return

@@ -100,7 +100,7 @@ class TrainerWorkload:
     def _dataset(self, split: str) -> Any:
         dataset = self._datasets[split]
         if dataset is None:
-            message = f"the workload was made without data for the split {split!r}: give TrainerWorkload an eval_dataset"
+            message = f"the workload has no data for the split {split!r}: give TrainerWorkload an eval_dataset"
             raise UsageError(message)
         return dataset
 
@@ -144,19 +144,18 @@ class TrainerWorkload:
         }
 
     def _collated(self, indices: Sequence[int], split: str, seed: str) -> dict[str, Any]:
-        dataset = self._dataset(split)
+        dataset, columns = self._dataset(split), self._columns_of_the_model()
         with _seeded(zlib.crc32(seed.encode())):
-            examples = [self._without_unused(dataset[index]) for index in indices]
+            examples = [_only(columns, dataset[index]) for index in indices]
             # A collator with a seed of its own makes its generator in its first call: each call is the first of a copy.
             return dict(copy.copy(self._collate)(examples))
 
-    def _without_unused(self, example: Any) -> Any:
-        if not self._remove_unused_columns or not isinstance(example, dict):
-            return example
-        if self._columns is None:
-            accepted = inspect.signature(unwrapped(self._build()).forward).parameters
+    def _columns_of_the_model(self) -> frozenset[str] | None:
+        if self._columns is None and self._remove_unused_columns:
+            with _seeded(0):  # building draws
+                accepted = inspect.signature(unwrapped(self._build()).forward).parameters
             self._columns = frozenset(accepted) | {"label", "label_ids"}
-        return {name: value for name, value in example.items() if name in self._columns}
+        return self._columns
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Measure the cross-entropy of the model's predictions.
@@ -224,6 +223,12 @@ class TrainerWorkload:
         return 1 / max(1, int(predictions))
 
 
+def _only(columns: frozenset[str] | None, example: Any) -> Any:
+    if columns is None or not isinstance(example, dict):
+        return example
+    return {name: value for name, value in example.items() if name in columns}
+
+
 def _divides_by_all(model: nn.Module, batch: Any) -> bool:
     inner = unwrapped(model)
     takes = inspect.signature(inner.forward).parameters.values()
@@ -233,9 +238,7 @@ def _divides_by_all(model: nn.Module, batch: Any) -> bool:
     model.eval()
     try:
         with torch.no_grad():
-            by_one, by_two = (
-                float(model(**batch, num_items_in_batch=torch.tensor(number)).loss) for number in (1, 2)
-            )
+            by_one, by_two = (float(model(**batch, num_items_in_batch=torch.tensor(number)).loss) for number in (1, 2))
     finally:
         model.train(training)
     return not math.isclose(by_one, by_two, rel_tol=1e-3)

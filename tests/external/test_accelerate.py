@@ -19,7 +19,7 @@ from recorder.runformat import Run
 from tests.external.whole_way import go_the_whole_way
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-accelerate = pytest.importorskip("accelerate")
+accelerate: Any = pytest.importorskip("accelerate")
 
 # The small network has names that no naming rule knows.
 pytestmark = pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning")
@@ -47,10 +47,11 @@ def network() -> nn.Sequential:
 
 def train(run: Path | None, *, workers: int = 0, mixed_precision: str | None = None) -> dict[str, torch.Tensor]:
     """Three micro-batches of 4 to an update, the last of an epoch incomplete: 2 epochs of 2 updates."""
-    accelerator = accelerate.Accelerator(gradient_accumulation_steps=ACCUMULATED, cpu=True, mixed_precision=mixed_precision)
+    settings = {"gradient_accumulation_steps": ACCUMULATED, "cpu": True, "mixed_precision": mixed_precision}
+    accelerator = accelerate.Accelerator(**settings)
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    loader = DataLoader(dataset(), batch_size=4, shuffle=True, num_workers=workers)  # type: ignore[arg-type]
+    loader: Any = DataLoader(dataset(), batch_size=4, shuffle=True, num_workers=workers)  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     rec = None if run is None else recorder.watch(accelerator.unwrap_model(model), optimizer, run=run, strict=True)
     for epoch in range(EPOCHS):
@@ -105,7 +106,7 @@ def test_announced_takes_the_index_from_the_batches_of_a_prepared_loader(tmp_pat
     accelerator = accelerate.Accelerator(cpu=True)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loader = DataLoader(dataset(), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+    loader: Any = DataLoader(dataset(), batch_size=4, shuffle=True)  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     seen = []
     with recorder.watch(model, optimizer, run=tmp_path / "run", strict=True) as rec:

@@ -31,7 +31,10 @@ def go_the_whole_way(
     commands = [line.split() for line in re.findall(rf"^    python (.*{shown_run}\b.*)$", text, re.MULTILINE)]
     script, *others = [[word.replace(shown_run, str(run)) for word in command] for command in commands]
     environment = os.environ | {
-        **{"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
     }
     trained = subprocess.run(
         [sys.executable, *script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
