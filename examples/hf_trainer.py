@@ -38,8 +38,8 @@ from recorder.integrations.hf_workload import TrainerWorkload
 MODULUS = 23
 GAP = MODULUS
 LENGTH = 12
-TRAIN = range(1000)
-VALID = range(1000, 1100)
+TRAIN = range(2000)
+VALID = range(2000, 2200)
 UPDATES = 12
 
 
@@ -163,7 +163,7 @@ def train(run: str, model: str) -> None:
     with tempfile.TemporaryDirectory() as checkpoints:
         arguments = TrainingArguments(
             output_dir=checkpoints,
-            per_device_train_batch_size=64,
+            per_device_train_batch_size=128,
             gradient_accumulation_steps=2,
             max_steps=UPDATES,
             learning_rate=1e-2,

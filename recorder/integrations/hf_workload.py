@@ -21,6 +21,7 @@ from recorder.errors import UsageError
 from recorder.integrations.hf_loss import IGNORED, shifts_labels, summed_cross_entropy, targets, unwrapped
 
 from transformers import default_data_collator  # isort: skip
+from transformers.trainer_pt_utils import LabelSmoother  # isort: skip
 
 
 class TrainerWorkload:
@@ -216,7 +217,7 @@ class TrainerWorkload:
             The weight of the summed loss.
         """
         if self._divides_by_all is None:
-            self._divides_by_all = _divides_by_all(model, batch)
+            self._divides_by_all = _divides_by_all(model, batch, smoothed=self._label_smoothing != 0)
         if self._divides_by_all:
             return 1.0
         _, predictions = self.loss(model, batch)
@@ -229,11 +230,13 @@ def _only(columns: frozenset[str] | None, example: Any) -> Any:
     return {name: value for name, value in example.items() if name in columns}
 
 
-def _divides_by_all(model: nn.Module, batch: Any) -> bool:
+def _divides_by_all(model: nn.Module, batch: Any, *, smoothed: bool) -> bool:
     inner = unwrapped(model)
     takes = inspect.signature(inner.forward).parameters.values()
     if not getattr(inner, "accepts_loss_kwargs", any(entry.kind is entry.VAR_KEYWORD for entry in takes)):
         return False
+    if smoothed:  # then the Trainer computes the loss itself; since transformers 5 over the whole accumulation
+        return "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
     training = model.training
     model.eval()
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from recorder.errors import JoinError, UsageError
 from recorder.recording import RecorderWarning, Recording
@@ -20,73 +20,26 @@ from tests.external.whole_way import go_the_whole_way
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers: Any = pytest.importorskip("transformers")
+accelerate: Any = pytest.importorskip("accelerate")
 
 from recorder.integrations.hf_callback import SKIPPED, RecorderCallback  # noqa: E402
 from recorder.integrations.hf_workload import TrainerWorkload  # noqa: E402
+from tests.external.hf_models import EXAMPLES, Numbers, bert, gpt2, t5  # noqa: E402
 
 pytestmark = [
     # Which parameter is which is not the subject here.
     pytest.mark.filterwarnings("ignore::recorder.parameters.UnmappedParameterWarning"),
 ]
 
-VOCABULARY, LENGTH, EXAMPLES = 40, 10, 27
 Parameters = dict[str, torch.Tensor]
 
 
-class Numbers(Dataset[dict[str, Any]]):
-    """Random numbers, of which the first few are to be predicted: from 2 to all of an example."""
-
-    def __init__(self, examples: int = EXAMPLES) -> None:
-        self.numbers = torch.randint(2, VOCABULARY, (examples, LENGTH), generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        numbers = self.numbers[index]
-        asked = torch.arange(LENGTH) < 2 + index * 7 % (LENGTH - 1)
-        return {"input_ids": numbers, "labels": numbers.masked_fill(~asked, -100), "text": f"example {index}"}
-
-
-def gpt2(dropout: float = 0.1) -> Any:
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=None,
-        eos_token_id=None,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def bert(dropout: float = 0.1) -> Any:
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=LENGTH,
-        **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout),
-    )
-    return transformers.BertForMaskedLM(config)
-
-
-def t5(dropout: float = 0.1) -> Any:
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=1,
-        num_heads=2,
-        decoder_start_token_id=0,
-        dropout_rate=dropout,
-    )
-    return transformers.T5ForConditionalGeneration(config)
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    # Whether it computes in bfloat16 is one for the whole process.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def trainer(
@@ -232,11 +185,14 @@ def test_replay_does_the_updates_again(tmp_path: Path, build: Callable[[], Any],
     assert "not compared" not in report.text
 
 
-def test_a_loss_of_another_kind_is_not_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("build", [gpt2, bert])
+def test_a_loss_of_another_kind_is_not_told(tmp_path: Path, build: Callable[[], Any]) -> None:
     run = tmp_path / "run"
-    trainer(tmp_path, callbacks=[RecorderCallback(run, strict=True)], max_steps=2, label_smoothing_factor=0.2).train()
+    trainer(
+        tmp_path, build, callbacks=[RecorderCallback(run, strict=True)], max_steps=2, label_smoothing_factor=0.2
+    ).train()
     assert {part.loss_sum for t in (0, 1) for part in Run(run).step(t).micro_batches} == {None}
-    workload = TrainerWorkload(gpt2, Numbers(), label_smoothing=0.2)
+    workload = TrainerWorkload(build, Numbers(), label_smoothing=0.2)
     assert "parameters are the recorded ones" in check_update(Run(run), workload, data=True).text
 
 

@@ -12,7 +12,6 @@ import torch
 
 from recorder.errors import UsageError
 from recorder.workload import CollatesAtRandom, WeighsMicroBatches, Workload
-from tests.external.test_hf_trainer import LENGTH, VOCABULARY, Numbers, bert, gpt2, t5
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers: Any = pytest.importorskip("transformers")
@@ -20,6 +19,7 @@ transformers: Any = pytest.importorskip("transformers")
 from transformers.trainer_pt_utils import LabelSmoother  # noqa: E402
 
 from recorder.integrations.hf_workload import TrainerWorkload  # noqa: E402
+from tests.external.hf_models import LENGTH, Numbers, bert, gpt2, t5  # noqa: E402
 
 
 def masked(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -142,4 +142,3 @@ def test_what_it_cannot_measure_is_refused_in_one_line() -> None:
         workload.loss(model, batch)
     told = TrainerWorkload(gpt2, Numbers(), shift_labels=True)
     assert int(told.loss(model, batch)[1]) == LENGTH - 1
-    assert VOCABULARY > LENGTH
