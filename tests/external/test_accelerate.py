@@ -14,7 +14,6 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 import recorder
-from recorder.errors import UsageError
 from recorder.runformat import Run
 from tests.external.whole_way import go_the_whole_way
 
@@ -118,15 +117,6 @@ def test_announced_takes_the_index_from_the_batches_of_a_prepared_loader(tmp_pat
     run = Run(tmp_path / "run")
     assert [run.step(t).micro_batches[0].indices.tolist() for t in run.steps] == seen
     assert len(seen) == 6
-
-
-def test_what_is_no_optimizer_is_refused_in_one_line(tmp_path: Path) -> None:
-    class Wrapper:
-        optimizer = None
-
-    with pytest.raises(UsageError, match=r"expected a torch optimizer, .*; found a .*Wrapper, which has no hooks"):
-        recorder.watch(network(), Wrapper(), run=tmp_path / "run")  # type: ignore[arg-type]
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_example_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

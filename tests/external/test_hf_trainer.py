@@ -35,8 +35,9 @@ Parameters = dict[str, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    # Whether it computes in bfloat16 is one for the whole process.
+def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Whether it computes in bfloat16 is one for the whole process; older versions keep it in the environment.
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
