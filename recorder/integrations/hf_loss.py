@@ -182,7 +182,7 @@ class LossReader:
             Numbers, where the loss is; None for both where it is not known how they relate.
         """
         expected, logits, self._logits = self._expected, self._logits, None
-        if expected is None:
+        if expected is None or not isinstance(loss, torch.Tensor):
             return None
         predictions = expected.ne(IGNORED).sum()
         mean = loss.detach().double()
@@ -203,9 +203,12 @@ class LossReader:
     def _alike(self, sums: dict[str, torch.Tensor], logits: torch.Tensor | None, expected: torch.Tensor) -> list[str]:
         if logits is None or logits.shape[:-1] != expected.shape:
             return []
-        with torch.no_grad():
-            # One example at a time: beside the training's own, no room for all may be left.
-            true = sum(float(summed_cross_entropy(*pair)) for pair in zip(logits, expected, strict=True))
+        try:
+            with torch.no_grad():
+                # One example at a time: beside the training's own, no room for all may be left.
+                true = sum(float(summed_cross_entropy(*pair)) for pair in zip(logits, expected, strict=True))
+        except (RuntimeError, ValueError, IndexError):  # no room at all, or numbers that are no labels
+            return []
         errors = {kind: abs(float(value) - true) for kind, value in sums.items()}
         nearest = min(errors.values())
         if not nearest <= SAME * abs(true):
