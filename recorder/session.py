@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from recorder.errors import UsageError
 from recorder.lock import RunLock
@@ -28,7 +29,6 @@ from recorder.watched import Watched
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.optim import Optimizer
 
     from recorder.usermap import Map, UserMap
 
@@ -70,7 +70,7 @@ def watch(
         The model in training; its named parameters become the parameter table. A DistributedDataParallel wrapper is
         looked through.
     optimizer
-        Any torch optimizer over parameters of `model`.
+        Any torch optimizer over parameters of `model`. A wrapper that steps it, as accelerate's, is looked through.
     run
         The folder to make, or the run to go on with.
     workload
@@ -134,6 +134,7 @@ def watch(
             raise UsageError(message)
     if isinstance(model, DistributedDataParallel):
         model = model.module
+    optimizer = _that_tells_its_steps(optimizer)
     selection = StepSelection(steps)
     user_map = None if map is None else read_map(map)
     names = [name for name, _ in model.named_parameters()]
@@ -175,6 +176,22 @@ def watch(
         segment_steps=segment_steps,
         strict=strict,
     )
+
+
+def _that_tells_its_steps(optimizer: Any) -> Optimizer:
+    # A wrapper may be called an Optimizer without having been made as one, and then has no hooks.
+    found = optimizer
+    while not (isinstance(found, Optimizer) and hasattr(found, "_optimizer_step_post_hooks")):
+        inner = getattr(found, "optimizer", None)
+        if inner is None or inner is found:
+            kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+            message = (
+                f"expected a torch optimizer, or a wrapper with one as its attribute optimizer; found a {kind}, which "
+                "has no hooks that tell when it steps: pass the torch optimizer that updates the parameters"
+            )
+            raise UsageError(message)
+        found = inner
+    return found
 
 
 def _opened_together(run: Path, settings: Settings, first_step: int) -> tuple[RunFolder | None, RunLock | None]:

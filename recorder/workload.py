@@ -49,6 +49,30 @@ class HalvesBatches(Protocol):
         ...
 
 
+@runtime_checkable
+class CollatesAtRandom(Protocol):
+    """A workload that may draw random numbers when it collates, such as masks: the training drew others.
+
+    `Workload.batch` is deterministic all the same. What the training saw is known from the recorded tensors alone.
+    """
+
+    def collates_at_random(self, indices: Sequence[int], *, split: str) -> bool:
+        """Say whether it does for these examples."""
+        ...
+
+
+@runtime_checkable
+class WeighsMicroBatches(Protocol):
+    """A workload whose training weighs the micro-batches of an update otherwise than by their predictions.
+
+    Only who does an update again asks for it: the loss of a step is Σ sums / Σ counts in any case.
+    """
+
+    def weight(self, model: nn.Module, batch: Any) -> float:
+        """Return the weight of a micro-batch's summed loss; a factor common to all makes no difference."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RepeatedUpdate:
     """A recorded update, done again.

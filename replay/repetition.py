@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recorder.batches import to_device
-from recorder.workload import RepeatedUpdate
+from recorder.workload import RepeatedUpdate, WeighsMicroBatches
 from replay.gradients import set_parameters
 from replay.precision import SIXTEEN_BIT
 from replay.recordedbatch import recorded_or_collated
@@ -194,16 +194,18 @@ def _accumulate_gradients(
     manifest: Manifest, workload: Workload, model: nn.Module, step: Step, device: torch.device
 ) -> list[tuple[float, float]]:
     scale = LARGEST_LOSS_SCALE if any(row.computed_dtype == "float16" for row in manifest.trained) else 1.0
+    weighing = workload if isinstance(workload, WeighsMicroBatches) and len(step.micro_batches) > 1 else None
     while True:
         for parameter in model.parameters():
             parameter.grad = None
         losses = []
         for micro_batch in step.micro_batches:
             batch = to_device(recorded_or_collated(workload, step, micro_batch), device)
+            weight = scale * (1 if weighing is None else weighing.weight(model, batch))
             micro_batch.set_random_state(device)
             with _autocast(manifest, device):
                 loss_sum, predictions = workload.loss(model, batch)
-            (loss_sum if scale == 1 else loss_sum * scale).backward()  # type: ignore[no-untyped-call]
+            (loss_sum if weight == 1 else loss_sum * weight).backward()  # type: ignore[no-untyped-call]
             losses.append((float(loss_sum.detach()), float(predictions)))
         if scale == 1 or all(
             bool(parameter.grad.isfinite().all()) for parameter in model.parameters() if parameter.grad is not None

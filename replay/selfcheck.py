@@ -20,7 +20,7 @@ from recorder.manifest import CHORD
 from recorder.recipe import current_recipe
 from recorder.runformat import Run
 from recorder.steps import Step
-from recorder.workload import RepeatedUpdate, RepeatsUpdates, Workload
+from recorder.workload import CollatesAtRandom, RepeatedUpdate, RepeatsUpdates, Workload
 from replay.recordedbatch import verify_collation
 from replay.repetition import repeat_updates, sixteen_bit_dtype, why_not_repeatable
 
@@ -89,11 +89,13 @@ def check_update(run: Run, workload: Workload, *, data: bool) -> Report:
         return Report(steps=(), exact=False, text=text)
     steps = _steps_to_repeat(run)
     first = steps[0]
+    at_random = False
     if data and first.micro_batches[0].checksums:
         micro_batch = first.micro_batches[0]
-        verify_collation(
-            workload.batch(micro_batch.indices.tolist(), split="train", epoch=first.epoch), first, micro_batch
-        )
+        indices = micro_batch.indices.tolist()
+        at_random = isinstance(workload, CollatesAtRandom) and workload.collates_at_random(indices, split="train")
+        if not at_random:
+            verify_collation(workload.batch(indices, split="train", epoch=first.epoch), first, micro_batch)
     recorded = run.manifest.recipe
     numbers = tuple(step.step for step in steps)
     if recorded["device"] == "cuda" and not torch.cuda.is_available():
@@ -124,6 +126,8 @@ def check_update(run: Run, workload: Workload, *, data: bool) -> Report:
             theta = run.parameters(step.step + 1)
     known_losses = any(micro_batch.loss_sum is not None for step in steps for micro_batch in step.micro_batches)
     not_compared = []
+    if at_random:
+        not_compared.append("collated batch not compared: the workload collates at random")
     if not known_losses:
         not_compared.append("losses not compared: the training did not tell them, see Recording.loss")
     if not known_parameters:

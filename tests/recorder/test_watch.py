@@ -853,3 +853,33 @@ def test_half_precision_parameters_keep_their_bits(tmp_path: Path) -> None:
 
 def bfloat16_workload() -> LanguageModelling:
     return dataclasses.replace(LanguageModelling(), dtype=torch.bfloat16)
+
+
+class Prepared(Optimizer):
+    """Called an optimizer, never made as one, and steps another: accelerate's is like this."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+def test_a_wrapper_of_the_optimizer_is_looked_through(tmp_path: Path) -> None:
+    model = perceptron()
+    seen = record(tmp_path / "run", model, Prepared(Prepared(SGD(model.parameters(), lr=0.1))), strict=True)
+    run = Run(tmp_path / "run")
+    assert list(run.steps) == list(range(5))
+    assert run.manifest.optimizer.name == "torch.optim.sgd.SGD"
+    for step, theta in enumerate(seen):
+        assert_equal(run.parameters(step), theta)
+
+
+@pytest.mark.parametrize("inner", [None, "AdamW"])
+def test_a_wrapper_without_an_optimizer_is_refused_and_nothing_is_made(tmp_path: Path, inner: str | None) -> None:
+    with pytest.raises(UsageError, match=r"expected a torch optimizer, or a wrapper .*; found a .*Prepared, which has"):
+        recorder.watch(perceptron(), Prepared(inner), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

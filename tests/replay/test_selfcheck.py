@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import recorder
 from recorder.errors import MismatchError
 from recorder.loading import load_workload
 from recorder.manifest import Manifest
@@ -195,6 +197,51 @@ def test_a_workload_that_is_not_the_trainings_is_refused_with_what_differs_and_n
     assert last.startswith("python -m replay: error: ")
     assert re.search(complaint, last), last
     assert not list(run.rglob("shards/*/*.safetensors"))
+
+
+class CollatingAtRandom(cases.LanguageModelling):
+    """Other text in every batch than the training saw; it may say so."""
+
+    def batch(self, indices: Sequence[int], *, split: str, epoch: int) -> Any:
+        return variants.other_text().batch(indices, split=split, epoch=epoch)
+
+    def collates_at_random(self, indices: Sequence[int], *, split: str) -> bool:
+        return split == "train" and len(indices) == 8
+
+
+def test_what_is_collated_at_random_is_not_compared_and_the_report_says_so(recorded: Path) -> None:
+    report = check_update(Run(recorded), CollatingAtRandom(), data=True)
+    assert report.text == (
+        f"step 0 done again: {WITHIN_ROUNDING} (collated batch not compared: the workload collates at random)"
+    )
+    assert check_update(Run(recorded), CollatingAtRandom(), data=False).text == f"step 0 done again: {WITHIN_ROUNDING}"
+
+
+class Weighing(cases.LanguageModelling):
+    """Some micro-batches count four times as much as others."""
+
+    def weight(self, model: nn.Module, batch: Any) -> float:
+        return 4.0 if int(batch["tokens"].sum()) % 2 else 1.0
+
+
+def test_micro_batches_are_weighed_as_in_training(tmp_path: Path) -> None:
+    task = Weighing()
+    model = task.model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    batches = [(indices, task.batch(indices, split="train", epoch=1)) for indices in (range(8), range(8, 16))]
+    weights = [task.weight(model, batch) for _, batch in batches]
+    assert set(weights) == {1.0, 4.0}
+    with recorder.watch(model, optimizer, run=tmp_path / "run", strict=True) as rec:
+        for (indices, batch), weight in zip(batches, weights, strict=True):
+            rec.batch(indices, batch)
+            loss_sum, predictions = task.loss(model, batch)
+            rec.loss(loss_sum, predictions)
+            (weight * loss_sum / predictions).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    run = Run(tmp_path / "run")
+    assert check_update(run, task, data=True).text == f"step 0 done again: {WITHIN_ROUNDING}"
+    with pytest.raises(MismatchError, match="step 0 done again gives other parameters"):
+        check_update(run, cases.LanguageModelling(), data=True)
 
 
 def test_batches_recorded_as_indices_are_collated_again_and_verified(
