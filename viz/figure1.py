@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from viz import select, style, wording
-from viz.panels import ATTENTION, FEED_FORWARD, Panel, bars
+from viz.panels import ATTENTION, Panel, bars, feed_forward
 
 COLOURS = {"encoder": style.BLUE, "decoder": style.ORANGE, "cross": style.GREEN}
 # Stacks of other names, in the order in which they come.
@@ -55,7 +55,8 @@ def plot_figure1(cubes: Mapping[str, xr.Dataset], *, data: str) -> Figure:
     """
     rows = select.cubes_with(cubes, data)
     cells = {label: select.summed_over_steps(cube, data) for label, cube in rows.items()}
-    arranged = {label: (bars(cell, ATTENTION), bars(cell, FEED_FORWARD)) for label, cell in cells.items()}
+    panels = ATTENTION, feed_forward(cells.values())
+    arranged = {label: (bars(cell, panels[0]), bars(cell, panels[1])) for label, cell in cells.items()}
     colours = _colours([str(group) for pair in arranged.values() for half in pair for group in half["group"].values])
     usable = style.PAGE_WIDTH - 2 * style.MARGIN
     accounts = {
@@ -73,7 +74,7 @@ def plot_figure1(cubes: Mapping[str, xr.Dataset], *, data: str) -> Figure:
             top = HEAD + number * row_height
             style.write(figure, style.MARGIN, top, style.shortened(label, usable), weight="bold", fontsize=7)
             style.write(figure, style.MARGIN, top + style.LINE, "\n".join(accounts[label]), color=style.GREY)
-            _row(figure, top + row_head, cube, arranged[label], colours)
+            _row(figure, top + row_head, cube, panels, arranged[label], colours)
         style.foot(figure, caption)
     return figure
 
@@ -105,13 +106,15 @@ def _row(
     figure: Figure,
     top: float,
     cube: xr.Dataset,
+    panels: tuple[Sequence[Panel], Sequence[Panel]],
     halves: tuple[xr.DataArray, xr.DataArray],
     colours: Mapping[str, str],
 ) -> None:
-    gaps = (len(ATTENTION) + len(FEED_FORWARD) - 2) * GAP
-    narrow = (style.PAGE_WIDTH - LEFT - APART - style.MARGIN - gaps) / (WIDER * len(ATTENTION) + len(FEED_FORWARD))
+    attention, feed_forward = map(len, panels)
+    gaps = (attention + feed_forward - 2) * GAP
+    narrow = (style.PAGE_WIDTH - LEFT - APART - style.MARGIN - gaps) / (WIDER * attention + feed_forward)
     left = LEFT
-    for half, titles, width in zip(halves, (ATTENTION, FEED_FORWARD), (WIDER * narrow, narrow), strict=True):
+    for half, titles, width in zip(halves, panels, (WIDER * narrow, narrow), strict=True):
         first: Axes | None = None
         for panel in titles:
             axes = style.place(figure, (left, top, width, ROW), sharey=first)

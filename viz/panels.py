@@ -5,7 +5,7 @@ Panels and the order of bars are data; no component is recognised by a substring
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,24 @@ ATTENTION = tuple(
     Panel(title=title, component=title, cross=f"cross_{title}") for title in ("key", "query", "value", "out")
 )
 FEED_FORWARD = (Panel(title="W1", component="W1"), Panel(title="W2", component="W2"))
+GATED = (Panel(title="gate", component="gate"), *FEED_FORWARD)
+
+
+def feed_forward(cells: Iterable[xr.DataArray]) -> tuple[Panel, ...]:
+    """Choose the panels of the feed-forward blocks of several runs.
+
+    Parameters
+    ----------
+    cells
+        From `viz.select.summed_over_steps`, of each run.
+
+    Returns
+    -------
+    tuple of Panel
+        `GATED` where any of them has a gate, else `FEED_FORWARD`.
+    """
+    gated = any(not np.isnan(_of_component(of_run, "gate")).all() for of_run in cells)
+    return GATED if gated else FEED_FORWARD
 
 
 def bars(cells: xr.DataArray, panels: Sequence[Panel]) -> xr.DataArray:
@@ -46,7 +64,7 @@ def bars(cells: xr.DataArray, panels: Sequence[Panel]) -> xr.DataArray:
     cells
         From `viz.select.summed_over_steps`.
     panels
-        `ATTENTION` or `FEED_FORWARD`.
+        `ATTENTION`, or those of `feed_forward`.
 
     Returns
     -------

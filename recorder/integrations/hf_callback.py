@@ -29,6 +29,7 @@ import transformers  # isort: skip
 
 if TYPE_CHECKING:
     from recorder.recording import Recording
+    from recorder.usermap import Map, UserMap
 
 SKIPPED = "recorder.skipped_updates"
 """Under this name a checkpoint's ``trainer_state.json`` has the number of updates that a gradient scaler skipped."""
@@ -47,7 +48,7 @@ class RecorderCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
     Parameters
     ----------
-    run, workload, batches, steps, parameters, quota, segment_steps, strict
+    run, workload, batches, steps, parameters, map, quota, segment_steps, strict
         As for `recorder.watch`. For language models `recorder.integrations.hf_workload.TrainerWorkload` is a workload.
 
     Attributes
@@ -64,6 +65,7 @@ class RecorderCallback(transformers.TrainerCallback):  # type: ignore[misc]
         batches: Batches = "store",
         steps: str = "all",
         parameters: Sequence[str] = (),
+        map: Map | UserMap | None = None,  # noqa: A002 (the word of `recorder.watch`)
         quota: int | None = None,
         segment_steps: int | None = None,
         strict: bool = False,
@@ -75,6 +77,7 @@ class RecorderCallback(transformers.TrainerCallback):  # type: ignore[misc]
             "batches": batches,
             "steps": steps,
             "parameters": parameters,
+            "map": map,
             "quota": quota,
             "segment_steps": segment_steps,
             "strict": strict,

@@ -151,6 +151,24 @@ def test_recorded_runs_and_chords_side_by_side_come_with_a_warning(make_cube: Ma
         assert interval not in text
 
 
+def test_figure1_has_a_panel_for_gates_where_a_run_has_any(make_cube: MakeCube) -> None:
+    plain = make_cube()
+    gated = plain.copy(deep=True)
+    gated = gated.assign_coords(component=["gate" if name == "other" else name for name in gated["component"].values])
+    layers = [layer for layer in gated["layer"].values if layer != "model"]
+    gated["lca"].loc[{"layer": layers, "component": "gate"}] = -1e-3
+    gated["n_parameters"].loc[{"layer": layers, "component": "gate"}] = 64
+    figure = plot_figure1({"plain": plain, "gated": gated}, data="batch")
+    titles = [axes.get_title().split("  ")[0] for axes in figure.axes]
+    assert titles == ["key", "query", "value", "out", "gate", "W1", "W2"] * 2
+    of_gate = figure.axes[4 + 7]
+    heights = [bar.get_height() for bar in of_gate.patches if isinstance(bar, Rectangle)]
+    steps = int((gated["status"].sel(data="batch") <= 1).sum())
+    assert heights == pytest.approx([-1e-3 * steps] * len(layers))
+    assert "no parameters" in [text.get_text() for text in figure.axes[4].texts]
+    assert [axes.get_title().split("  ")[0] for axes in plot_figure1({"plain": plain}, data="batch").axes] == PANELS
+
+
 def test_figure1_names_the_steps_that_missed(make_cube: MakeCube) -> None:
     cube = make_cube(status={("batch", 2): "tolerance_not_met", ("batch", 8): "missing"})
     expected = "40 steps: 38 converged, 1 tolerance not met, 1 missing (left out)"
