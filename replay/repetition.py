@@ -68,6 +68,8 @@ def why_not_repeatable(manifest: Manifest) -> str | None:
     # Only torch's own optimizers: a class elsewhere would be code that the run names.
     if not facts.name.startswith("torch.optim."):
         return f"{facts.name} is no optimizer of torch's"
+    if facts.name.endswith(".LBFGS"):
+        return "LBFGS measures loss and gradient several times in an update, at parameters that no step records"
     stateless = all(group.get("momentum") == 0 for group in facts.groups)
     if not stateless and any(parameter.dtype == "float16" for parameter in manifest.trained):
         return "the optimizer kept its state in float16, where squared gradients vanish and rounding decides the update"
