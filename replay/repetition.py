@@ -195,7 +195,7 @@ def _compute_as_in_training(model: nn.Module, manifest: Manifest) -> None:
 def _accumulate_gradients(
     manifest: Manifest, workload: Workload, model: nn.Module, step: Step, device: torch.device
 ) -> list[tuple[float, float]]:
-    scale = LARGEST_LOSS_SCALE if any(row.computed_dtype == "float16" for row in manifest.trained) else 1.0
+    scale = LARGEST_LOSS_SCALE if sixteen_bit_dtype(manifest) is torch.float16 else 1.0
     while True:
         for parameter in model.parameters():
             parameter.grad = None

@@ -211,7 +211,7 @@ def test_a_closure_that_fails_fails_as_before_and_the_next_update_is_recorded(tm
 
 def test_an_optimizer_that_does_not_call_its_closure_is_recorded_with_the_gradients_it_had(tmp_path: Path) -> None:
     class Deaf(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             super().step()
 
     model = network()
