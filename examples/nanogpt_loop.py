@@ -35,9 +35,7 @@ CROPS = 8
 EVALUATE_EVERY = 8
 
 _SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-_TEENS = ["ten", "eleven", "twelve"] + [
-    f"{word}teen" for word in ("thir", "four", "fif", "six", "seven", "eigh", "nine")
-]
+_TEENS = [f"{word}teen" for word in ("thir", "four", "fif", "six", "seven", "eigh", "nine")]
 _TENS = [f"{word}ty" for word in ("twen", "thir", "for", "fif", "six", "seven", "eigh", "nine")]
 
 
