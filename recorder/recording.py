@@ -138,6 +138,11 @@ class Recording:
         """The number of the next update; that of the first one that was not recorded, where the recording has ended."""
         return self._next_step
 
+    @property
+    def active(self) -> bool:
+        """Whether the next update will be recorded if it is selected: not after its end, by an error or otherwise."""
+        return self._state == "recording"
+
     def __enter__(self) -> Recording:
         return self
 
