@@ -62,7 +62,7 @@ def test_of_an_autocast_that_was_not_seen_the_self_check_tells_by_how_much_losse
 def test_updates_that_the_scaler_skips_are_no_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # So large a scale overflows in float16 until it has been halved a few times.
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **named: scaler(*args, init_scale=2.0**24, **named))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**24, enabled=enabled))
     example.train(str(tmp_path / "run"), dtype=torch.float16, updates=12)
     run = Run(tmp_path / "run")
     assert 0 < len(run.steps) < 12
