@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from recorder.integrations.lightning_callback import RecorderCallback
 from recorder.recording import RecorderWarning
 from recorder.recovery import recover
 from recorder.runformat import Run
-from tests.external.whole_way import go_the_whole_way
+from tests.external.whole_way import ROOT, go_the_whole_way
 
 pytestmark = [
     # Which component a parameter belongs to is another matter.
@@ -268,6 +271,28 @@ def test_an_interrupted_training_keeps_its_steps_and_says_why(tmp_path: Path, er
     assert run.steps == [0, 1, 2]
     assert run.manifest.state == f"incomplete: training ended with {error.__name__}"
     assert callback.recording is None
+
+
+_TWO_PROCESSES = """
+import sys
+from tests.external.test_lightning import Module, RecorderCallback, fit
+callback = RecorderCallback(sys.argv[1], indices="id", strict=True)
+fit(Module(), callback, strategy="ddp_fork", devices=2, accumulate_grad_batches=2)
+"""
+
+
+def test_of_two_processes_each_records_its_own_micro_batches(tmp_path: Path) -> None:
+    # In a process of its own: this one has threads, and is not to be forked.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    program = [sys.executable, "-W", "ignore", "-c", _TWO_PROCESSES, str(tmp_path / "run")]
+    ended = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    run = Run(tmp_path / "run")
+    assert run.steps == [0, 1]
+    assert run.manifest.state == "complete"
+    found = [[(entry.rank, entry.indices.tolist()) for entry in run.step(t).micro_batches] for t in run.steps]
+    assert [[rank for rank, _ in step] for step in found] == [[0, 0, 1, 1], [0, 1]]
+    assert sorted(index for step in found for _, entry in step for index in entry) == list(range(EXAMPLES))
 
 
 def test_a_submodule_is_recorded_under_its_own_names(tmp_path: Path) -> None:
