@@ -39,7 +39,7 @@ def record_mean_of_means(run: Path, task: LanguageModelling, sizes: tuple[int, .
             rec.batch(indices, batch)
             loss_sum, predictions = task.loss(model, batch)
             rec.loss(loss_sum.detach(), predictions)
-            (loss_sum / predictions / len(sizes)).backward()
+            (loss_sum / predictions / len(sizes)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return Run(run)
 
@@ -71,12 +71,12 @@ def test_an_update_of_lbfgs_is_not_done_again_but_its_loss_is_measured_again(tmp
         rec.batch([0, 1, 2], batch)
         loss_sum, predictions = task.loss(model, batch)
         rec.loss(loss_sum.detach(), predictions)
-        (loss_sum / predictions).backward()
+        (loss_sum / predictions).backward()  # type: ignore[no-untyped-call]
         return loss_sum / predictions
 
     with recorder.watch(model, optimizer, run=tmp_path, strict=True) as rec:
         for _ in range(2):
-            optimizer.step(closure)
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
     report = check_update(Run(tmp_path), task, data=True)
     assert report.text == (
         "step 0 done again: losses are the recorded ones, bit for bit (parameters not compared: LBFGS measures loss "
