@@ -45,6 +45,24 @@ class RecordedBatchSampler:
         self._handed_out = deque()
         return _remembering(iter(self._batch_sampler), self._handed_out)
 
+    def take(self, *, after: int = 0) -> Iterator[int]:
+        """Give the indices of the next batch of the iteration begun last, to a trainer that fetches the batches itself.
+
+        Parameters
+        ----------
+        after
+            How many batches to pass over before it, which the trainer has fetched and not trained on.
+
+        Returns
+        -------
+        Iterator of int
+            The dataset index of each example. A `UsageError` tells, once they are asked for, if no batch is left.
+        """
+        taken: Sequence[int] | None = None
+        for _ in range(after + 1):
+            taken = self._handed_out.popleft() if self._handed_out else None
+        return _handed_out(taken)
+
     def __len__(self) -> int:
         return len(self._batch_sampler)  # type: ignore[arg-type]  # Python's own TypeError where it has no length
 
@@ -108,7 +126,7 @@ def announced(
         message = "the indices come from the batch or from the sampler: pass indices= or sampler=, not both"
         raise UsageError(message)
     if sampler is not None:
-        return _announced_by_sampler(recording, _matchable(loader, sampler), sampler)
+        return _announced_by_sampler(recording, matchable(loader, sampler), sampler)
     return _announced_by_batch(recording, loader, indices)
 
 
@@ -120,7 +138,7 @@ def _remembering(source: Iterator[Sequence[int]], handed_out: deque[Sequence[int
 
 def _announced_by_batch(recording: Recording, loader: Iterable[Batch], indices: Indices | None) -> Iterator[Batch]:
     for batch in loader:
-        recording.batch(None if indices is None else _found_in(batch, indices), batch)
+        recording.batch(None if indices is None else found_in(batch, indices), batch)
         yield batch
 
 
@@ -138,11 +156,25 @@ def _announced_by_sampler(
         yield batch
 
 
-# The three below are generators, so that the recording runs them: an error in them is then one of the recording, which
+# The four below are generators, so that the recording runs them: an error in them is then one of the recording, which
 # does no harm to the training unless it is strict.
 
 
-def _found_in(batch: Any, indices: Indices) -> Iterator[int]:
+def found_in(batch: Any, indices: Indices) -> Iterator[int]:
+    """Find the dataset indices of a batch's examples in the batch.
+
+    Parameters
+    ----------
+    batch
+        The batch.
+    indices
+        Where, as for `announced`.
+
+    Yields
+    ------
+    int
+        The index of each example. A `UsageError` tells what is there instead.
+    """
     if callable(indices):
         where, found = "the function given as indices", indices(batch)
     else:
@@ -158,6 +190,16 @@ def _taken_by(indices: Sequence[int] | None) -> Iterator[int]:
         )
         raise UsageError(message)
     yield from _integers(indices, "the batch sampler")
+
+
+def _handed_out(taken: Sequence[int] | None) -> Iterator[int]:
+    if taken is None:
+        message = (
+            "more batches came than the batch sampler has handed out, so they were made otherwise: let each batch "
+            "carry the indices of its examples, and pass indices=KEY"
+        )
+        raise UsageError(message)
+    yield from _integers(taken, "the batch sampler")
 
 
 def _integers(found: Any, where: str) -> Iterator[int]:
@@ -196,7 +238,26 @@ def _shortly(found: Any) -> str:
     return f"{text[:60]}..." if len(text) > 60 else text
 
 
-def _matchable(loader: Iterable[Batch], sampler: RecordedBatchSampler) -> DataLoader[Batch]:
+def matchable(loader: Iterable[Batch], sampler: RecordedBatchSampler) -> DataLoader[Batch]:
+    """Make sure that a loader's batches come in the order in which a sampler hands out their indices.
+
+    Parameters
+    ----------
+    loader
+        Gives the batches.
+    sampler
+        What it draws from.
+
+    Returns
+    -------
+    torch.utils.data.DataLoader
+        The loader.
+
+    Raises
+    ------
+    UsageError
+        If they do not, or it draws from another sampler.
+    """
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
         message = "a loader over an IterableDataset draws from no sampler: leave out sampler="
         raise UsageError(message)

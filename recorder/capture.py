@@ -93,6 +93,26 @@ class Capture:
         self._writer = BackgroundWriter(segments)
         return layout
 
+    def holds_start_of(self, step: int) -> bool:
+        """Tell whether θ_t is recorded already.
+
+        Parameters
+        ----------
+        step
+            t.
+
+        Returns
+        -------
+        bool
+            True where the step before has ended with it.
+        """
+        return self._ready_for == step
+
+    def before_update(self) -> None:
+        """Let the device finish the last copy before the optimizer overwrites what is copied."""
+        if self._staging is not None:
+            self._staging.before_update()
+
     def before_step(self, step: int, *, changed: bool) -> None:
         """Record θ_t, unless the step before has ended with it.
 
@@ -103,12 +123,10 @@ class Capture:
         changed
             Whether parameters have joined, which the step before does not hold.
         """
-        stale = changed or self._ready_for != step
-        tensors = self._tensors(self._buffers.at_start()) if stale else []
-        if self._staging is not None:
-            self._staging.before_update()
-        if stale:
-            self._put(step, tensors, None)
+        self.before_update()  # now, for a new layout brings a staging of its own
+        if changed or not self.holds_start_of(step):
+            self._put(step, self._tensors(self._buffers.at_start()), None)
+            self.before_update()
 
     def after_step(self, step: int) -> Callable[[Callable[[], Step]], None]:
         """Take the parameters after step t.

@@ -143,6 +143,7 @@ class Pending:
             elif not self._watched.gradients_finite():
                 self._doubted = len(self._entries)
         self._watched.backward_seen = False
+        self._watched.watch_first_forward()
         self._entries.append(Announced.of(indices, batch, self._watched.random_state()))
         return len(self._entries) == 1
 

@@ -10,8 +10,8 @@ import atexit
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 import torch
 
 from recorder.capture import Capture
+from recorder.closures import Arguments, noticed
 from recorder.errors import JoinError, UsageError
 from recorder.estimate import describe_cost
 from recorder.layout import Layout
@@ -117,7 +118,9 @@ class Recording:
         self._recorded_steps = 0
         self._learning_rates: tuple[float, ...] = ()
         self._gradient_norm: float | None = None
-        self._gradient_norms_left = GRADIENT_NORMS
+        self._within_step = False
+        self._gradients_due = False
+        self._measuring_again = False
         self._process = os.getpid()
         self._hooks = [
             optimizer.register_step_pre_hook(self._enter_step),
@@ -129,6 +132,16 @@ class Recording:
     def waited(self) -> float:
         """Seconds that the training has waited for the writer to give a copy's memory back."""
         return self._capture.waited
+
+    @property
+    def next_step(self) -> int:
+        """The number of the next update; that of the first one that was not recorded, where the recording has ended."""
+        return self._next_step
+
+    @property
+    def active(self) -> bool:
+        """Whether the next update will be recorded if it is selected: not after its end, by an error or otherwise."""
+        return self._state == "recording"
 
     def __enter__(self) -> Recording:
         return self
@@ -142,6 +155,8 @@ class Recording:
     def batch(self, indices: Iterable[int] | torch.Tensor | None, batch: Any = None) -> None:
         """Announce the next micro-batch, just before its forward pass.
 
+        In a closure given to the optimizer's step, too: of several calls within a step the first one counts.
+
         Parameters
         ----------
         indices
@@ -151,6 +166,8 @@ class Recording:
             The micro-batch itself: tensors in any nest of dicts, lists and tuples. Recorded with the step, so that
             replay need not collate it again; without it, the workload collates the indices.
         """
+        if self._measuring_again:
+            return
         if not self._steps.keeps(self._next_step):
             self._pending.pass_over()
             return
@@ -169,7 +186,8 @@ class Recording:
         predictions
             Number of predictions it is summed over. It is a mistake to call this before `batch`.
         """
-        self._pending.tell_loss(loss_sum, predictions)
+        if not self._measuring_again:
+            self._pending.tell_loss(loss_sum, predictions)
 
     def forget_pending(self) -> None:
         """Drop the micro-batches announced since the last step: the update they were for did not happen."""
@@ -247,17 +265,65 @@ class Recording:
         if self._lock is not None:
             self._lock.release()
 
-    def _enter_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _enter_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | None:
         if self._watched.sharded or self._steps.keeps(self._next_step):
             self._notice_failure()
             self._meet()
-        self._before_step(optimizer)
+        self._within_step = True
+        arguments = noticed(args, kwargs, first=lambda: self._before_update(optimizer), again=self._measured_again)
+        if arguments is None:
+            self._before_update(optimizer)
+        else:
+            self._before_closure()
+        return arguments
 
     def _leave_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._within_step:
+            self._after_outer_step()
+            return
+        self._within_step = False
+        if self._gradients_due:  # the optimizer had no use for the closure
+            self._before_update(optimizer)
         if self._watched.sharded:
             self._notice_failure()
             self._meet()
+        self._watched.note_versions()
         self._after_step()
+
+    @contextmanager
+    def _measured_again(self) -> Iterator[None]:
+        self._measuring_again = True
+        try:
+            yield
+        finally:
+            self._measuring_again = False
+
+    @_harmless
+    def _after_outer_step(self) -> None:
+        # A subclass whose step calls that of its base: torch calls the hooks of both, and the inner one was the step.
+        if self._watched.moved_since_noted():
+            message = (
+                f"the optimizer's step calls the step of its base class and moves parameters after it: step "
+                f"{self._next_step - 1} was recorded without that. Let it move them before, or in the loop"
+            )
+            raise UsageError(message)
+
+    @_harmless
+    def _before_closure(self) -> None:
+        # θ_t is what the parameters are now, though its gradients come later: some optimizers move before they call.
+        self._gradients_due = True
+        if self._steps.keeps(self._next_step) and (
+            not self._capture.holds_start_of(self._next_step) or self._watched.more_may_join()
+        ):
+            self._watched.hold()
+        self._capture.before_update()
+
+    def _before_update(self, optimizer: Optimizer) -> None:
+        self._gradients_due = False
+        try:
+            self._before_step(optimizer)
+        finally:
+            self._watched.let_go()
 
     def _meet(self) -> None:
         # Outside the guard: a process whose recording has failed takes part, or the others would wait for it for ever.
@@ -295,8 +361,7 @@ class Recording:
             self._begin()
         joined = self._watched.find_first_gradients()
         self._gradient_norm = None
-        if self._gradient_norms_left:
-            self._gradient_norms_left -= 1
+        if self._recorded_steps < GRADIENT_NORMS:
             self._gradient_norm = self._watched.gradient_norm()
         if joined:
             self._write_table()
@@ -313,7 +378,8 @@ class Recording:
     def _begin_attempt(self) -> tuple[str, int]:
         assert self._folder is not None
         self._settle()
-        manifest = self._folder.begin(self._watched, self._buffers, self._next_step, self._pending.autocast)
+        autocast = self._pending.autocast or self._watched.autocast_seen
+        manifest = self._folder.begin(self._watched, self._buffers, self._next_step, autocast)
         layout = self._start_writer(manifest.run_id, manifest.attempt.number)
         cost = describe_cost(
             layout,

@@ -24,6 +24,7 @@ from recorder.usermap import table_of
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
 
     from recorder.usermap import UserMap
 
@@ -57,6 +58,8 @@ class Watched:
         Names of buffers and untrained parameters found changed so far.
     backward_seen : bool
         Whether a gradient has come in since this was last set to False.
+    autocast_seen : str or None
+        What `autocast` said in a forward pass of the model, after `watch_first_forward`.
     """
 
     def __init__(
@@ -84,8 +87,13 @@ class Watched:
         self.sharded = any(is_sharded(tensor) for tensor in self._ownership.recorded.values())
         self._gathered: dict[str, torch.Tensor] = {}
         self._gathered_state: dict[int, dict[str, Any]] | None = None
+        self._held: dict[str, torch.Tensor] = {}
+        self._versions: list[int] = []
         self.unrecorded_changes: set[str] = set()
         self.backward_seen = False
+        self.autocast_seen: str | None = None
+        self._settled = False
+        self._forward_hook: RemovableHandle | None = None
         self._hooks = [
             tensor.register_post_accumulate_grad_hook(self._notice_backward)  # type: ignore[no-untyped-call]
             for tensor in tensors.values()
@@ -110,6 +118,22 @@ class Watched:
             for parameter in self.table
         )
         self._checksums = self._checksums_of_unrecorded()
+        self._settled = True
+        self._release_forward()
+
+    def watch_first_forward(self) -> None:
+        """Look into the model's forward passes until `settle_table`: loops announce a batch outside of autocast."""
+        # No longer than that: a hook would travel with copies of the model, and closes torch's fast path to some.
+        if self._forward_hook is None and not self._settled:
+            self._forward_hook = self._model.register_forward_pre_hook(self._notice_autocast)
+
+    def _notice_autocast(self, model: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
+            self.autocast_seen = self.autocast() or self.autocast_seen
+
+    def _release_forward(self) -> None:
+        if self._forward_hook is not None:
+            self._forward_hook.remove()
 
     def find_first_gradients(self) -> bool:
         """Find untrained parameters that now have their first gradient.
@@ -126,7 +150,7 @@ class Watched:
         if late:
             # Weight decay moves a master without a gradient, and until now no step recorded it.
             self._moved_before_first_gradient |= {
-                name for name in late if _checksum(self._ownership.recorded[name]) != self._checksums[name]
+                name for name in late if _checksum(self._recorded[name]) != self._checksums[name]
             }
             self.table = tuple(
                 dataclasses.replace(parameter, status="trained") if parameter.name in late else parameter
@@ -141,6 +165,7 @@ class Watched:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
+        self._release_forward()
 
     def live(self, *, trained: bool = True) -> dict[str, torch.Tensor]:
         """Give the tensors that are recorded with every step, or the others.
@@ -153,10 +178,46 @@ class Watched:
         Returns
         -------
         dict of str to torch.Tensor
-            Name to the training's own tensor: the parameter, or its master.
+            Name to the training's own tensor: the parameter, or its master. After `hold` their copies.
         """
-        recorded = self._ownership.recorded
+        recorded = self._recorded
         return {parameter.name: recorded[parameter.name] for parameter in self.table if parameter.trained == trained}
+
+    def more_may_join(self) -> bool:
+        """Say whether a parameter that had no gradient until now could get one.
+
+        Returns
+        -------
+        bool
+            False where all that take a gradient are trained already.
+        """
+        return any(row.status == "untrained" and self._tensors[row.name].requires_grad for row in self.table)
+
+    def hold(self) -> None:
+        """Keep copies of all parameters as they are now, on their device; until `let_go` they are what is read."""
+        self._held = {name: tensor.detach().clone() for name, tensor in self._ownership.recorded.items()}
+
+    def let_go(self) -> None:
+        """Read the parameters themselves again."""
+        self._held = {}
+
+    def note_versions(self) -> None:
+        """Note how often each recorded tensor has been written to, as torch counts it."""
+        self._versions = [tensor._version for tensor in self._ownership.recorded.values()]
+
+    def moved_since_noted(self) -> bool:
+        """Say whether a recorded tensor has been written to since `note_versions`.
+
+        Returns
+        -------
+        bool
+            False also where it was done through its ``data``, which torch does not count.
+        """
+        return self._versions != [tensor._version for tensor in self._ownership.recorded.values()]
+
+    @property
+    def _recorded(self) -> Mapping[str, torch.Tensor]:
+        return self._held or self._ownership.recorded
 
     @contextmanager
     def gathered(self, *, keep: bool) -> Iterator[None]:
@@ -173,7 +234,7 @@ class Watched:
             While they are at hand. Where nothing is sharded, nothing is copied.
         """
         if self.sharded:
-            for name, tensor in self._ownership.recorded.items():
+            for name, tensor in self._recorded.items():
                 complete = whole(tensor)
                 if keep:
                     self._gathered[name] = complete.cpu()

@@ -68,6 +68,8 @@ def why_not_repeatable(manifest: Manifest) -> str | None:
     # Only torch's own optimizers: a class elsewhere would be code that the run names.
     if not facts.name.startswith("torch.optim."):
         return f"{facts.name} is no optimizer of torch's"
+    if facts.name.endswith(".LBFGS"):
+        return "LBFGS measures loss and gradient several times in an update, at parameters that no step records"
     stateless = all(group.get("momentum") == 0 for group in facts.groups)
     if not stateless and any(parameter.dtype == "float16" for parameter in manifest.trained):
         return "the optimizer kept its state in float16, where squared gradients vanish and rounding decides the update"
@@ -193,7 +195,7 @@ def _compute_as_in_training(model: nn.Module, manifest: Manifest) -> None:
 def _accumulate_gradients(
     manifest: Manifest, workload: Workload, model: nn.Module, step: Step, device: torch.device
 ) -> list[tuple[float, float]]:
-    scale = LARGEST_LOSS_SCALE if any(row.computed_dtype == "float16" for row in manifest.trained) else 1.0
+    scale = LARGEST_LOSS_SCALE if sixteen_bit_dtype(manifest) is torch.float16 else 1.0
     weighing = workload if isinstance(workload, WeighsMicroBatches) and len(step.micro_batches) > 1 else None
     while True:
         for parameter in model.parameters():

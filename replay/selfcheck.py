@@ -38,6 +38,9 @@ SIXTEEN_BIT_UPDATE_TOLERANCE = 0.2
 """The same for training in 16 bit. An update repeated with another loss scale or on other kernels came within 0.01
 (gradient descent) and 0.09 (Adam) of its norm, the update of a similar batch no nearer than 0.29."""
 
+UNSEEN_AUTOCAST = 0.02
+"""Relative: so far from the record is at most a loss that was computed under bfloat16 and is done again without."""
+
 MOST_STEPS = 3
 _CAUSES = (
     "Likely causes: other data, changed code, another order of rows, or random numbers drawn elsewhere in the loop. "
@@ -233,6 +236,11 @@ def _compare_losses(
                 f"{where}: training recorded a loss of {micro_batch.loss_sum!r} nats over {predictions:g} predictions, "
                 f"doing it again gives {loss_sum!r} (difference {difference:.3g}, allowed {tolerance:.3g}). {_CAUSES}"
             )
+            if sixteen_bit is None and difference <= UNSEEN_AUTOCAST * abs(micro_batch.loss_sum):
+                message += (
+                    ". So small a difference may also be that of a torch.autocast that the recorder did not see: "
+                    "announce each batch inside of it"
+                )
             raise MismatchError(message)
         exact = False
     return exact
@@ -255,5 +263,10 @@ def _compare_parameters(
             f"{run.path}: step {step.step} done again gives other parameters: {len(different)} of {len(recorded)} "
             f"differ, by {relative:.3g} of the update's norm (allowed {tolerance:g}), most of all {worst!r}. {_CAUSES}"
         )
+        if len(step.micro_batches) > 1:
+            message += (
+                ". With several micro-batches the training may also have weighed them otherwise than by their "
+                "predictions, by which replay weighs them"
+            )
         raise MismatchError(message)
     return False

@@ -153,3 +153,32 @@ def test_groups_schedules_clipping_and_averaged_weights_are_recorded_as_the_opti
         )
     assert [run.step(t).learning_rates for t in range(3)] == [(0.1, 0.3), (0.05, 0.15), (0.025, 0.075)]
     assert run.step(0).gradient_norm == pytest.approx(0.05, rel=1e-4)
+
+
+@pytest.mark.parametrize("announce", ["outside", "inside"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_autocast_is_noticed_wherever_the_batch_is_announced(
+    tmp_path: Path, announce: str, dtype: torch.dtype | None
+) -> None:
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    hooks = []
+    with recorder.watch(model, optimizer, run=tmp_path / "run", strict=True) as rec:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            loss_of(model.eval(), [9])  # evaluation, in another dtype
+        model.train()
+        for step in range(2):
+            if announce == "outside":
+                rec.batch([step])
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                if announce == "inside":
+                    rec.batch([step])
+                hooks.append(len(model._forward_pre_hooks))
+                loss = loss_of(model, [step])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = None if dtype is None else str(dtype).removeprefix("torch.")
+    assert Run(tmp_path / "run").manifest.recipe.get("autocast") == expected
+    assert hooks == [1, 0]
+    assert not model._forward_pre_hooks

@@ -167,12 +167,13 @@ def test_an_optimizer_with_float16_state_is_not_held_to_its_updates_and_the_repo
 
 def test_under_autocast_the_update_is_repeated_under_it(tmp_path: Path) -> None:
     run = train(tmp_path, Cast(), adam)
-    with pytest.raises(MismatchError, match=r"difference .*, allowed"):
-        check_update(run, workload(), data=False)
-    assert sixteen_bit_dtype(run.manifest) is None
-    run.manifest = dataclasses.replace(run.manifest, recipe={**run.manifest.recipe, "autocast": "bfloat16"})
     assert sixteen_bit_dtype(run.manifest) == torch.bfloat16
     assert check_update(run, workload(), data=False).text == f"step 0 done again: {WITHIN} bfloat16"
+    recipe = {key: value for key, value in run.manifest.recipe.items() if key != "autocast"}
+    run.manifest = dataclasses.replace(run.manifest, recipe=recipe)
+    assert sixteen_bit_dtype(run.manifest) is None
+    with pytest.raises(MismatchError, match=r"difference .*, allowed"):
+        check_update(run, workload(), data=False)
 
 
 @pytest.mark.parametrize("masters", ["none", "list"])
