@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,15 @@ def test_updates_that_the_scaler_skips_are_no_steps_and_resuming_knows_of_them(t
     assert [(entry.first_step, entry.joined) for entry in run.manifest.attempts] == [(0, "first"), (1, "verified")]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """After Ctrl-C Lightning leaves its process deaf to another, and every child of it."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_interrupted_training_keeps_its_steps_and_says_why(tmp_path: Path, error: type[BaseException]) -> None:
     class Ends(Module):
