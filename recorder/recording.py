@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
@@ -121,6 +121,7 @@ class Recording:
         self._within_step = False
         self._gradients_due = False
         self._measuring_again = False
+        self._last_words: list[Callable[[], None]] = []
         self._process = os.getpid()
         self._hooks = [
             optimizer.register_step_pre_hook(self._enter_step),
@@ -217,19 +218,25 @@ class Recording:
         atexit.unregister(self._close_at_exit)
         self._finish("complete" if interrupted is None else f"incomplete: {interrupted}")
         self._release()
+        # Only now: where warnings are errors, nothing is left that they could keep from being done.
+        last_words, self._last_words = self._last_words, []
+        for warn in last_words:
+            warn()
 
     def _close_at_exit(self) -> None:
         self.close("the program ended without closing the recording")
 
     @_harmless
     def _finish(self, state: str) -> None:
-        self._warn_of_unrecorded()
+        unrecorded = self._note_unrecorded()
+        if unrecorded:
+            self._last_words.append(partial(warnings.warn, unrecorded, RecorderWarning, stacklevel=3))
         self._capture.close()
         self._capture.raise_failure()
         self._state = state
         if self._folder is not None:
-            warn_of_unmapped(self._watched.table)
             self._folder.write(state=state, stop=self._capture.stop)
+            self._last_words.append(partial(warn_of_unmapped, self._watched.table))
         if self._capture.begun:
             LOG.info(
                 "recorded %d steps into %s: %s",
@@ -433,19 +440,21 @@ class Recording:
         )
         self._recorded_steps += 1
         if self._recorded_steps % UNRECORDED_EVERY == 0:
-            self._warn_of_unrecorded()
+            unrecorded = self._note_unrecorded()
+            if unrecorded:
+                warnings.warn(unrecorded, RecorderWarning, stacklevel=3)
         if self._steps.last == step:
             self._finish("complete")
 
-    def _warn_of_unrecorded(self) -> None:
-        if self._folder is not None and self._watched.find_unrecorded_changes():
-            changes = tuple(sorted(self._watched.unrecorded_changes))
-            self._folder.write(unrecorded_changes=changes)
-            message = (
-                f"{', '.join(changes)} change in training, but no step records them (parameters left out, of an "
-                f"optimizer that is not watched, or buffers that changed late): {self.run} cannot be replayed"
-            )
-            warnings.warn(message, RecorderWarning, stacklevel=3)
+    def _note_unrecorded(self) -> str:
+        if self._folder is None or not self._watched.find_unrecorded_changes():
+            return ""
+        changes = tuple(sorted(self._watched.unrecorded_changes))
+        self._folder.write(unrecorded_changes=changes)
+        return (
+            f"{', '.join(changes)} change in training, but no step records them (parameters left out, of an "
+            f"optimizer that is not watched, or buffers that changed late): {self.run} cannot be replayed"
+        )
 
     def _write_table(self) -> None:
         if self._folder is not None:
