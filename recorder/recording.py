@@ -385,7 +385,7 @@ class Recording:
     def _begin_attempt(self) -> tuple[str, int]:
         assert self._folder is not None
         self._settle()
-        autocast = self._pending.autocast or self._watched.autocast_seen
+        autocast = self._pending.autocast or self._watched.autocast.seen
         manifest = self._folder.begin(self._watched, self._buffers, self._next_step, autocast)
         layout = self._start_writer(manifest.run_id, manifest.attempt.number)
         cost = describe_cost(
