@@ -178,3 +178,22 @@ def keep(run: Path, parameters: Sequence[Parameter], *, source: str, text: str) 
         ).write(run)
     finally:
         lock.release()
+
+
+def origin_of_table(manifest: Manifest) -> str:
+    """Say what a run's table is from.
+
+    Parameters
+    ----------
+    manifest
+        The run's manifest.
+
+    Returns
+    -------
+    str
+        A map given to the recording, a correction, or neither.
+    """
+    if manifest.correction is not None:
+        return f"corrected {manifest.correction.created} by {manifest.correction.source}"
+    given = manifest.provenance.get("map")
+    return f"recorded with {given['source']}" if given else "as recorded"

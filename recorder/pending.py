@@ -135,7 +135,7 @@ class Pending:
         bool
             Whether it is the first of its step.
         """
-        self.autocast = self._watched.autocast() or self.autocast
+        self.autocast = self._watched.autocast.now() or self.autocast
         # Several forward passes may share one backward pass: only gradients that were there can be dropped.
         if self._entries and self._watched.backward_seen:
             if self._watched.gradients_dropped():
@@ -143,7 +143,7 @@ class Pending:
             elif not self._watched.gradients_finite():
                 self._doubted = len(self._entries)
         self._watched.backward_seen = False
-        self._watched.watch_first_forward()
+        self._watched.autocast.watch_first_forward()
         self._entries.append(Announced.of(indices, batch, self._watched.random_state()))
         return len(self._entries) == 1
 
@@ -169,7 +169,7 @@ class Pending:
         if not self._entries:
             message = "Recording.loss was called before Recording.batch announced a micro-batch"
             raise UsageError(message)
-        self.autocast = self._watched.autocast() or self.autocast
+        self.autocast = self._watched.autocast.now() or self.autocast
         self._entries[-1].loss_sum = to_host(loss_sum)
         self._entries[-1].predictions = to_host(predictions)
 

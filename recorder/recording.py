@@ -10,9 +10,9 @@ import atexit
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import wraps
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 import torch
 
 from recorder.capture import Capture
-from recorder.closures import Arguments, noticed
 from recorder.errors import JoinError, UsageError
 from recorder.estimate import describe_cost
 from recorder.layout import Layout
@@ -33,6 +32,7 @@ from recorder.runfolder import RunFolder
 from recorder.segmentwriter import QuotaReached
 from recorder.selection import StepSelection
 from recorder.telling import LOG
+from recorder.updates import Updates
 from recorder.watched import Watched
 
 if TYPE_CHECKING:
@@ -118,14 +118,16 @@ class Recording:
         self._recorded_steps = 0
         self._learning_rates: tuple[float, ...] = ()
         self._gradient_norm: float | None = None
-        self._within_step = False
-        self._gradients_due = False
-        self._measuring_again = False
+        self._last_words: list[Callable[[], None]] = []
         self._process = os.getpid()
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._enter_step),
-            optimizer.register_step_post_hook(self._leave_step),
-        ]
+        self._optimizer_updates = Updates(
+            optimizer,
+            entered=self._enter_step,
+            before_closure=self._before_closure,
+            before_update=self._before_update,
+            after_update=self._leave_step,
+            after_outer_step=self._after_outer_step,
+        )
         atexit.register(self._close_at_exit)
 
     @property
@@ -166,7 +168,7 @@ class Recording:
             The micro-batch itself: tensors in any nest of dicts, lists and tuples. Recorded with the step, so that
             replay need not collate it again; without it, the workload collates the indices.
         """
-        if self._measuring_again:
+        if self._optimizer_updates.measuring_again:
             return
         if not self._steps.keeps(self._next_step):
             self._pending.pass_over()
@@ -186,7 +188,7 @@ class Recording:
         predictions
             Number of predictions it is summed over. It is a mistake to call this before `batch`.
         """
-        if not self._measuring_again:
+        if not self._optimizer_updates.measuring_again:
             self._pending.tell_loss(loss_sum, predictions)
 
     def forget_pending(self) -> None:
@@ -211,25 +213,30 @@ class Recording:
         """
         if os.getpid() != self._process:
             return  # a forked child that ends; the recording is its parent's
-        for hook in self._hooks:
-            hook.remove()
+        self._optimizer_updates.release()
         self._watched.release()
         atexit.unregister(self._close_at_exit)
         self._finish("complete" if interrupted is None else f"incomplete: {interrupted}")
         self._release()
+        # Only now: where warnings are errors, nothing is left that they could keep from being done.
+        last_words, self._last_words = self._last_words, []
+        for warn in last_words:
+            warn()
 
     def _close_at_exit(self) -> None:
         self.close("the program ended without closing the recording")
 
     @_harmless
     def _finish(self, state: str) -> None:
-        self._warn_of_unrecorded()
+        unrecorded = self._note_unrecorded()
+        if unrecorded:
+            self._last_words.append(partial(warnings.warn, unrecorded, RecorderWarning, stacklevel=3))
         self._capture.close()
         self._capture.raise_failure()
         self._state = state
         if self._folder is not None:
-            warn_of_unmapped(self._watched.table)
             self._folder.write(state=state, stop=self._capture.stop)
+            self._last_words.append(partial(warn_of_unmapped, self._watched.table))
         if self._capture.begun:
             LOG.info(
                 "recorded %d steps into %s: %s",
@@ -265,42 +272,20 @@ class Recording:
         if self._lock is not None:
             self._lock.release()
 
-    def _enter_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | None:
+    def _enter_step(self) -> None:
         if self._watched.sharded or self._steps.keeps(self._next_step):
             self._notice_failure()
             self._meet()
-        self._within_step = True
-        arguments = noticed(args, kwargs, first=lambda: self._before_update(optimizer), again=self._measured_again)
-        if arguments is None:
-            self._before_update(optimizer)
-        else:
-            self._before_closure()
-        return arguments
 
-    def _leave_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._within_step:
-            self._after_outer_step()
-            return
-        self._within_step = False
-        if self._gradients_due:  # the optimizer had no use for the closure
-            self._before_update(optimizer)
+    def _leave_step(self) -> None:
         if self._watched.sharded:
             self._notice_failure()
             self._meet()
         self._watched.note_versions()
         self._after_step()
 
-    @contextmanager
-    def _measured_again(self) -> Iterator[None]:
-        self._measuring_again = True
-        try:
-            yield
-        finally:
-            self._measuring_again = False
-
     @_harmless
     def _after_outer_step(self) -> None:
-        # A subclass whose step calls that of its base: torch calls the hooks of both, and the inner one was the step.
         if self._watched.moved_since_noted():
             message = (
                 f"the optimizer's step calls the step of its base class and moves parameters after it: step "
@@ -311,7 +296,6 @@ class Recording:
     @_harmless
     def _before_closure(self) -> None:
         # θ_t is what the parameters are now, though its gradients come later: some optimizers move before they call.
-        self._gradients_due = True
         if self._steps.keeps(self._next_step) and (
             not self._capture.holds_start_of(self._next_step) or self._watched.more_may_join()
         ):
@@ -319,7 +303,6 @@ class Recording:
         self._capture.before_update()
 
     def _before_update(self, optimizer: Optimizer) -> None:
-        self._gradients_due = False
         try:
             self._before_step(optimizer)
         finally:
@@ -378,7 +361,7 @@ class Recording:
     def _begin_attempt(self) -> tuple[str, int]:
         assert self._folder is not None
         self._settle()
-        autocast = self._pending.autocast or self._watched.autocast_seen
+        autocast = self._pending.autocast or self._watched.autocast.seen
         manifest = self._folder.begin(self._watched, self._buffers, self._next_step, autocast)
         layout = self._start_writer(manifest.run_id, manifest.attempt.number)
         cost = describe_cost(
@@ -433,19 +416,21 @@ class Recording:
         )
         self._recorded_steps += 1
         if self._recorded_steps % UNRECORDED_EVERY == 0:
-            self._warn_of_unrecorded()
+            unrecorded = self._note_unrecorded()
+            if unrecorded:
+                warnings.warn(unrecorded, RecorderWarning, stacklevel=3)
         if self._steps.last == step:
             self._finish("complete")
 
-    def _warn_of_unrecorded(self) -> None:
-        if self._folder is not None and self._watched.find_unrecorded_changes():
-            changes = tuple(sorted(self._watched.unrecorded_changes))
-            self._folder.write(unrecorded_changes=changes)
-            message = (
-                f"{', '.join(changes)} change in training, but no step records them (parameters left out, of an "
-                f"optimizer that is not watched, or buffers that changed late): {self.run} cannot be replayed"
-            )
-            warnings.warn(message, RecorderWarning, stacklevel=3)
+    def _note_unrecorded(self) -> str:
+        if self._folder is None or not self._watched.find_unrecorded_changes():
+            return ""
+        changes = tuple(sorted(self._watched.unrecorded_changes))
+        self._folder.write(unrecorded_changes=changes)
+        return (
+            f"{', '.join(changes)} change in training, but no step records them (parameters left out, of an "
+            f"optimizer that is not watched, or buffers that changed late): {self.run} cannot be replayed"
+        )
 
     def _write_table(self) -> None:
         if self._folder is not None:

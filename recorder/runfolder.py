@@ -1,8 +1,7 @@
 """The folder of a run, opened for one attempt: made or taken up again, locked, its manifest kept true.
 
-An attempt on a folder that holds a run is a training restarted from its checkpoint. Its parameters must be those that
-the run recorded at that step, bit for bit; what the earlier attempt recorded from there on is replaced in the run's
-timeline and kept on the disk.
+An attempt on a folder that holds a run is a training restarted from its checkpoint. What the earlier attempt recorded
+from there on is replaced in the run's timeline and kept on the disk.
 """
 
 from __future__ import annotations
@@ -23,21 +22,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recorder import durable, recordedonce, tensorfile
-from recorder.errors import JoinError, UsageError
+from recorder.errors import UsageError
+from recorder.joining import join
 from recorder.lock import LOCK_FILE, RunLock
 from recorder.manifest import MANIFEST_FILE, Attempt, Manifest, Trainer
 from recorder.processes import this_process
-from recorder.ranges import describe_ranges
 from recorder.recipe import current_recipe
 from recorder.recovery import recover_locked
 from recorder.runformat import Run
 from recorder.segments import SEGMENTS_FOLDER, list_segments
-from recorder.table import place_of, with_place
-from recorder.telling import LOG
 
 if TYPE_CHECKING:
     from recorder.modelbuffers import ModelBuffers
-    from recorder.table import Parameter
     from recorder.watched import Watched
 
 TRAINER_FOLDER = "trainer"
@@ -159,7 +155,10 @@ class RunFolder:
             The manifest, with this attempt. A `JoinError` tells if the parameters are not those that the run recorded
             at this step.
         """
-        joined = self._join(watched, step) if self._before else "first"
+        joined = "first"
+        if self._before is not None:
+            own_map = self._settings.map is not None
+            joined = join(self._before, watched, self._first_step, step, own_map=own_map)
         _, processes = this_process()
         earlier = self._before.manifest.attempts if self._before else ()
         attempt = Attempt(
@@ -216,65 +215,6 @@ class RunFolder:
     def _map(self) -> dict[str, Mapping[str, str]]:
         corrected = self._before is not None and self._before.manifest.correction is not None
         return {} if self._settings.map is None or corrected else {"map": self._settings.map}
-
-    def _places(self, live: tuple[Parameter, ...], found: Manifest) -> tuple[Parameter, ...]:
-        # A map corrected afterwards stands above the one that the training was started with, and is not undone by a
-        # restart; nor is one that was given only the first time.
-        keeps = found.correction is not None or ("map" in found.provenance and self._settings.map is None)
-        if not keeps:
-            return live
-        kept = tuple(with_place(new, place_of(old)) for old, new in zip(found.parameters, live, strict=True))
-        if kept != live:
-            source = found.provenance["map"]["source"] if found.correction is None else found.correction.source
-            LOG.info("which parameter is which stays as the run has it, by %s (python -m recorder map)", source)
-        return kept
-
-    def _join(self, watched: Watched, step: int) -> str:
-        assert self._before is not None
-        t, before = self._first_step, self._before
-        merged = _merged(self.path, before.manifest.parameters, watched.table)
-        watched.table = self._places(merged, before.manifest)
-        once = before.untrained()
-        constant = {
-            name: tensor
-            for name, tensor in watched.copies(trained=False).items()
-            if name in once and name in watched.frozen
-        }
-        recorded: dict[str, torch.Tensor] = {}
-        if not before.steps:
-            joined = "not verified: no step was recorded before"
-        elif step != t:
-            joined = f"not verified: step {t}, where the training went on, is not among the steps to record"
-        else:
-            try:
-                recorded = before.parameters(t)
-                joined = "verified"
-            except UsageError:
-                held = describe_ranges(before.consecutive)
-                joined = f"not verified: the run holds no parameters of step {t}, it holds {held}"
-        rounded = {row.name: getattr(torch, row.model_dtype) for row in watched.table if row.model_dtype}
-        # The master of an untrained tensor may decay.
-        live = {name: tensor for name, tensor in constant.items() if name not in rounded}
-        live |= watched.copies(trained=True) if recorded else {}
-        known = {**once, **recorded}
-        different = _different(live, known)
-        if different and rounded and recorded:
-            # A checkpoint of 16-bit training may hold the model and not its masters, which then come back rounded.
-            joined = "verified within the rounding of 16 bits"
-            live, known = (
-                {name: tensor.to(rounded.get(name, tensor.dtype)) for name, tensor in tensors.items()}
-                for tensors in (live, known)
-            )
-            different = _different(live, known)
-        if different:
-            message = (
-                f"{self.path}: this training does not go on where the run was at step {self._first_step}: "
-                f"{len(different)} of {len(live)} parameters differ from the recorded ones, first {different[0]!r}. "
-                "Restart from a checkpoint of the recorded training and give its number of updates as first_step, "
-                "or record into another folder"
-            )
-            raise JoinError(message)
-        return joined
 
     def _copy_files(self) -> dict[str, int]:
         checksums = {}
@@ -355,24 +295,6 @@ def refuse_what_is_no_run(path: Path) -> None:
             f"{path} is not empty and holds no run; nothing is overwritten. Give another folder, or remove this one"
         )
         raise UsageError(message)
-
-
-def _different(live: Mapping[str, torch.Tensor], recorded: Mapping[str, torch.Tensor]) -> list[str]:
-    return [
-        name
-        for name, tensor in live.items()
-        if name in recorded and tensorfile.content(tensor) != tensorfile.content(recorded[name])
-    ]
-
-
-def _merged(path: Path, recorded: tuple[Parameter, ...], live: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
-    if [(row.name, row.shape, row.dtype) for row in recorded] != [(row.name, row.shape, row.dtype) for row in live]:
-        message = f"{path}: the model's parameters have other names, shapes or dtypes than those of the run"
-        raise JoinError(message)
-    # What an attempt found to be trained stays so.
-    return tuple(
-        old if old.trained and new.status == "untrained" else new for old, new in zip(recorded, live, strict=True)
-    )
 
 
 def _provenance() -> Mapping[str, Any]:

@@ -7,25 +7,25 @@ copied of a parameter is the tensor that the optimizer updates for it: its float
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder import tensorfile
-from recorder.manifest import OptimizerFacts
+from recorder.autocast import Autocast
 from recorder.masters import masters_by_first_name
+from recorder.optimizerfacts import describe_optimizer
 from recorder.ownership import Ownership
-from recorder.sharded import is_sharded, local, whole
+from recorder.sharded import is_sharded, whole
+from recorder.unrecorded import Unrecorded
 from recorder.usermap import table_of
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
-    from torch.utils.hooks import RemovableHandle
 
+    from recorder.manifest import OptimizerFacts
     from recorder.usermap import UserMap
 
 
@@ -54,12 +54,10 @@ class Watched:
         Where the model is.
     sharded : bool
         Whether parameters are spread over processes.
-    unrecorded_changes : set of str
-        Names of buffers and untrained parameters found changed so far.
     backward_seen : bool
         Whether a gradient has come in since this was last set to False.
-    autocast_seen : str or None
-        What `autocast` said in a forward pass of the model, after `watch_first_forward`.
+    autocast : Autocast
+        In which dtype torch computes; it looks into forward passes until `settle_table`.
     """
 
     def __init__(
@@ -76,24 +74,19 @@ class Watched:
         tensors = self._tensors = dict(model.named_parameters())
         masters = masters_by_first_name(model, masters or {})
         self._ownership = Ownership(optimizer, tensors, masters)
-        self._checksums: dict[str, int] = {}
-        self._moved_before_first_gradient: set[str] = set()
-        self._recorded_buffers: tuple[str, ...] = ()
+        self._unrecorded = Unrecorded(model)
         self.table = tuple(
             dataclasses.replace(row, status="not_recorded") if row.name in left_out else row
             for row in table_of(model, user_map, masters=masters)
         )
         self.device = next(iter(tensors.values())).device
+        self.autocast = Autocast(model, self.device)
         self.sharded = any(is_sharded(tensor) for tensor in self._ownership.recorded.values())
         self._gathered: dict[str, torch.Tensor] = {}
         self._gathered_state: dict[int, dict[str, Any]] | None = None
         self._held: dict[str, torch.Tensor] = {}
         self._versions: list[int] = []
-        self.unrecorded_changes: set[str] = set()
         self.backward_seen = False
-        self.autocast_seen: str | None = None
-        self._settled = False
-        self._forward_hook: RemovableHandle | None = None
         self._hooks = [
             tensor.register_post_accumulate_grad_hook(self._notice_backward)  # type: ignore[no-untyped-call]
             for tensor in tensors.values()
@@ -109,7 +102,6 @@ class Watched:
             Names of buffers that are recorded with every step, and so may change.
             A `UsageError` tells if the optimizer updates tensors that are neither the model's nor its masters.
         """
-        self._recorded_buffers = recorded_buffers
         with_gradient = self._ownership.with_gradient([parameter.name for parameter in self.table])
         self.table = tuple(
             parameter
@@ -117,23 +109,8 @@ class Watched:
             else dataclasses.replace(parameter, status="untrained")
             for parameter in self.table
         )
-        self._checksums = self._checksums_of_unrecorded()
-        self._settled = True
-        self._release_forward()
-
-    def watch_first_forward(self) -> None:
-        """Look into the model's forward passes until `settle_table`: loops announce a batch outside of autocast."""
-        # No longer than that: a hook would travel with copies of the model, and closes torch's fast path to some.
-        if self._forward_hook is None and not self._settled:
-            self._forward_hook = self._model.register_forward_pre_hook(self._notice_autocast)
-
-    def _notice_autocast(self, model: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
-            self.autocast_seen = self.autocast() or self.autocast_seen
-
-    def _release_forward(self) -> None:
-        if self._forward_hook is not None:
-            self._forward_hook.remove()
+        self._unrecorded.remember(self.live(trained=False), recorded_buffers=recorded_buffers)
+        self.autocast.release()
 
     def find_first_gradients(self) -> bool:
         """Find untrained parameters that now have their first gradient.
@@ -148,10 +125,7 @@ class Watched:
             return False
         late = self._ownership.with_gradient(untrained)
         if late:
-            # Weight decay moves a master without a gradient, and until now no step recorded it.
-            self._moved_before_first_gradient |= {
-                name for name in late if _checksum(self._recorded[name]) != self._checksums[name]
-            }
+            self._unrecorded.leave({name: self._recorded[name] for name in late})
             self.table = tuple(
                 dataclasses.replace(parameter, status="trained") if parameter.name in late else parameter
                 for parameter in self.table
@@ -165,7 +139,7 @@ class Watched:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
-        self._release_forward()
+        self.autocast.release()
 
     def live(self, *, trained: bool = True) -> dict[str, torch.Tensor]:
         """Give the tensors that are recorded with every step, or the others.
@@ -316,17 +290,6 @@ class Watched:
         """
         return self._ownership.gradient_norm()
 
-    def autocast(self) -> str | None:
-        """Say whether torch computes in 16 bit now, on the model's device.
-
-        Returns
-        -------
-        str or None
-            The dtype without the prefix ``torch.``; None outside `torch.autocast`.
-        """
-        kind = self.device.type
-        return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None
-
     def random_state(self) -> dict[str, torch.Tensor]:
         """Read the state of torch's generators, which does not advance them.
 
@@ -340,6 +303,11 @@ class Watched:
             state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
+    @property
+    def unrecorded_changes(self) -> set[str]:
+        """Names of buffers and untrained parameters found changed so far."""
+        return self._unrecorded.changes
+
     def find_unrecorded_changes(self) -> bool:
         """Compare buffers and untrained parameters, which no step records, with those before the first step.
 
@@ -348,24 +316,12 @@ class Watched:
         bool
             Whether `unrecorded_changes` has grown.
         """
-        if not self._checksums:
-            return False  # nothing to compare with: no step yet, or nothing that no step records
+        return self._unrecorded.find(self.live(trained=False), may_change=self._decaying)
+
+    def _decaying(self) -> set[str]:
         # An untrained master may decay: the loss of a parameter without a gradient does not depend on it.
         untrained = {parameter.name for parameter in self.table if parameter.status == "untrained"}
-        decaying = self._ownership.with_master() & untrained
-        changed = self._moved_before_first_gradient | {
-            name
-            for name, checksum in self._checksums_of_unrecorded(leave_out=decaying).items()
-            if checksum != self._checksums.get(name)
-        }
-        grown = bool(changed - self.unrecorded_changes)
-        self.unrecorded_changes |= changed
-        return grown
-
-    def _checksums_of_unrecorded(self, leave_out: Collection[str] = ()) -> dict[str, int]:
-        buffers = {name: tensor for name, tensor in self._model.named_buffers() if name not in self._recorded_buffers}
-        tensors = {**buffers, **self.live(trained=False)}
-        return {name: _checksum(tensor) for name, tensor in tensors.items() if name not in leave_out}
+        return self._ownership.with_master() & untrained
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
         """Take the optimizer's state; what is sharded of it is whole within `gathered`.
@@ -386,38 +342,6 @@ class Watched:
         Returns
         -------
         OptimizerFacts
-            Class, hyperparameters and parameter names of each group. Where a tensor holds several parameters, also how
-            many names belong to each tensor, as ``names_per_tensor``.
+            As `recorder.optimizerfacts.describe_optimizer` gives them.
         """
-        groups = []
-        names = iter(self._ownership.names())
-        for group in self._optimizer.param_groups:
-            facts = {
-                key: _hyperparameter(value)
-                for key, value in group.items()
-                if isinstance(value, bool | int | float | str | tuple | None)
-            }
-            of_group = [next(names) for _ in group["params"]]
-            facts["parameters"] = [name for entry in of_group for name in entry]
-            if any(len(entry) > 1 for entry in of_group):
-                facts["names_per_tensor"] = [len(entry) for entry in of_group]
-            groups.append(facts)
-        kind = type(self._optimizer)
-        return OptimizerFacts(
-            name=f"{kind.__module__}.{kind.__qualname__}", groups=tuple(groups), fresh=not self.optimizer_state()
-        )
-
-
-def _hyperparameter(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_hyperparameter(entry) for entry in value]
-    if isinstance(value, torch.Tensor) or (isinstance(value, float) and not math.isfinite(value)):
-        value = float(value)
-        return value if math.isfinite(value) else repr(value)  # JSON has no NaN and no infinity
-    return value
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    # Of the bytes: a NaN that stays is no change (fairseq keeps a buffer of memory that it never fills).
-    # Of this process's shard: a checksum speaks with no other process.
-    return tensorfile.checksum(local(tensor).detach().cpu())
+        return describe_optimizer(self._optimizer, self._ownership.names(), fresh=not self.optimizer_state())

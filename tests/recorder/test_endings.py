@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch import nn
 from torch.optim import SGD
 
 import recorder
+from recorder.lock import RunLock
 from recorder.manifest import Manifest
+from recorder.parameters import UnmappedParameterWarning
 from recorder.recording import RecorderWarning, Recording
 from recorder.runformat import Run
 
@@ -169,6 +172,34 @@ def test_a_training_that_ends_before_its_first_selected_step_leaves_no_run(tmp_p
     assert not (tmp_path / "run" / "manifest.json").exists()
     train(model(), tmp_path / "run", steps=5)  # the folder is as good as empty
     assert Run(tmp_path / "run").manifest.state == "complete"
+
+
+# --- Warnings that are errors -------------------------------------------------------------------------------------
+
+
+def closed_where_warnings_are_errors(run: Path, warning: type[Warning], **watch_arguments: Any) -> None:
+    recordings: list[Recording] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(warning):
+            train(model(), run, steps=3, after=lambda rec, step: recordings.append(rec), **watch_arguments)
+        recordings[0].close()  # a second one finds nothing to say
+    assert Run(run).manifest.state == "complete"
+    assert Run(run).steps == [0, 1, 2]
+    RunLock(run).release()  # another recorder may go on
+
+
+def test_a_parameter_in_other_leaves_the_run_complete(tmp_path: Path) -> None:
+    closed_where_warnings_are_errors(tmp_path / "run", UnmappedParameterWarning)
+
+
+def test_a_parameter_left_out_that_moves_leaves_the_run_complete(tmp_path: Path) -> None:
+    closed_where_warnings_are_errors(tmp_path / "run", RecorderWarning, parameters=["!0.*"])
+    assert Run(tmp_path / "run").manifest.unrecorded_changes == ("0.bias", "0.weight")
+
+
+def test_the_end_of_the_selection_completes_the_run_too(tmp_path: Path) -> None:
+    closed_where_warnings_are_errors(tmp_path / "run", UnmappedParameterWarning, selection="0:3")
 
 
 # --- Flush ----------------------------------------------------------------------------------------------------------

@@ -232,11 +232,11 @@ def test_weight_decay_of_a_dead_parameters_master_is_no_unrecorded_change(flat: 
 def test_autocast_is_told_only_inside_of_it() -> None:
     model = Net(torch.float32)
     watched = Watched(model, SGD(model.parameters(), lr=0.5))
-    assert watched.autocast() is None
+    assert watched.autocast.now() is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert watched.autocast() == "bfloat16"
+        assert watched.autocast.now() == "bfloat16"
     with torch.autocast("cpu", enabled=False):
-        assert watched.autocast() is None
+        assert watched.autocast.now() is None
 
 
 # --- Updates that a gradient scaler skips ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recorder import commandline
-from recorder.correction import Corrected, as_recorded, correct, keep
+from recorder.correction import Corrected, as_recorded, correct, keep, origin_of_table
 from recorder.errors import UsageError
 from recorder.manifest import Manifest
 from recorder.maplines import components_in_words, lines, place_in_words, shape_in_words
@@ -23,14 +23,15 @@ from recorder.usermap import UserMap, read_map, unmatched
 _GAP = "  "
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(commands: Any) -> None:
     """Say what the command takes.
 
     Parameters
     ----------
-    parser
-        The command's own.
+    commands
+        The program's subparsers.
     """
+    parser = commands.add_parser("map", help="print which parameter is which, and correct it")
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument(
         "--map",
@@ -129,25 +130,6 @@ def _report(manifest: Manifest, rows: Sequence[Parameter], *, full: bool) -> lis
         found += ["", f"other, {_entries(unsaid):,} entries that no rule places:", *_table(unsaid, full=full)]
         found += ["", skeleton(rows, only_other=True)]
     return found
-
-
-def origin_of_table(manifest: Manifest) -> str:
-    """Say what a run's table is from.
-
-    Parameters
-    ----------
-    manifest
-        The run's manifest.
-
-    Returns
-    -------
-    str
-        A map given to the recording, a correction, or neither.
-    """
-    if manifest.correction is not None:
-        return f"corrected {manifest.correction.created} by {manifest.correction.source}"
-    given = manifest.provenance.get("map")
-    return f"recorded with {given['source']}" if given else "as recorded"
 
 
 def _table(rows: Sequence[Parameter], *, full: bool) -> list[str]:
