@@ -30,8 +30,9 @@ from replay.pruning import prune_finished
 from replay.selfcheck import check_update
 from replay.separation import opened_by_use
 from replay.serial import run_serially
-from replay.shards import FOLDER, mark_table
+from replay.shardfolder import FOLDER
 from replay.stale import remove_stale
+from replay.tablemark import mark_table
 from replay.where import Where
 from replay.work import Replayer
 

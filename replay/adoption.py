@@ -21,8 +21,9 @@ from recorder import commandline
 from recorder.errors import FormatError
 from recorder.ranges import describe_ranges, overlap
 from replay import entries
-from replay.columns import spread_shape
-from replay.shards import FOLDER, PER_PARAMETER, PER_UNIT, SETTINGS_FILE, Shard, ShardFolder
+from replay.columns import PER_PARAMETER, PER_UNIT, Shard, spread_shape
+from replay.settingsfile import SETTINGS_FILE
+from replay.shardfolder import FOLDER, ShardFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from replay.shardfile import Attempts
-    from replay.shards import ShardFolder
+    from replay.shardfolder import ShardFolder
 
 FORMAT = "lossledger-entries"
 VERSION = 1

@@ -36,7 +36,7 @@ from replay.reading import ReadAhead, RecordedStep
 from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
 from replay.settings import Settings, digest_of_table
-from replay.shards import ShardFolder
+from replay.shardfolder import ShardFolder
 from replay.tolerance import Tolerance
 
 if TYPE_CHECKING:
