@@ -20,7 +20,7 @@ from replay.selfcheck import LOSS_TOLERANCE, same
 
 if TYPE_CHECKING:
     from recorder.runformat import Run
-    from replay.gradients import Evaluation
+    from replay.evaluation import Evaluation
     from replay.precision import Precision
     from replay.work import Replayer
 

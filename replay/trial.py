@@ -19,11 +19,11 @@ from replay.rows import Rows
 
 if TYPE_CHECKING:
     from replay.dropout import RandomStates
-    from replay.gradients import Evaluation, Theta
+    from replay.evaluation import Evaluation, Surface, Theta
     from replay.job import Task
     from replay.products import Projection
     from replay.reading import RecordedStep
-    from replay.work import Replayer, Surface
+    from replay.work import Replayer
 
 STEPS = 3
 

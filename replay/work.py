@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,8 +24,9 @@ from replay import dropout, kernels, lossdata
 from replay.allocate import allocate
 from replay.allocation import Allocation, by_weight
 from replay.entries import EntryFolder
+from replay.evaluation import Evaluation, Surface, Theta
 from replay.examples import Grouped
-from replay.gradients import Evaluation, LossSurface, Theta
+from replay.gradients import LossSurface
 from replay.heap import share_one_heap
 from replay.job import Job, Receipt, Task
 from replay.ledger import ledger, sharers
@@ -361,25 +362,6 @@ class Replayer:
 def _correction(manifest: Manifest) -> dict[str, Any]:
     found = manifest.correction
     return {} if found is None else {"map": {"source": found.source, "text": found.text, "created": found.created}}
-
-
-class Surface(Protocol):
-    """What measures loss and gradient, as `LossSurface` does."""
-
-    def evaluate(
-        self,
-        theta: Theta,
-        micro_batches: Sequence[Any],
-        direction: Projection | None = None,
-        *,
-        states: dropout.RandomStates | None = None,
-    ) -> Evaluation:
-        """Compute loss and gradient."""
-        ...
-
-    def loss(self, theta: Theta, micro_batches: Sequence[Any], *, states: dropout.RandomStates | None = None) -> float:
-        """Compute the mean loss alone."""
-        ...
 
 
 @dataclasses.dataclass(slots=True)
