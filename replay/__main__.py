@@ -70,7 +70,7 @@ def _without(tasks: Sequence[Task], taken: Mapping[str, Collection[tuple[int, in
 
 
 def _say_dropout(opened: Replayer) -> str:
-    off = [name for name in opened.loss_data if opened.dropout_of(name) == dropout.OFF]
+    off = [name for name in opened.loss_data if opened.measuring.dropout_of(name) == dropout.OFF]
     recorded = [name for name in opened.loss_data if name not in off]
     return f"dropout as recorded on {', '.join(recorded)}" + (f", off on {', '.join(off)}" if off else "")
 
