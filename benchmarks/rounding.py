@@ -22,7 +22,8 @@ from recorder import commandline
 from replay.allocate import allocate
 from replay.allocation import Allocation
 from replay.between import Between
-from replay.gradients import LossSurface, Theta
+from replay.evaluation import Theta
+from replay.gradients import LossSurface
 from replay.precision import PRECISIONS
 from replay.quadrature import RULES
 from replay.tolerance import Tolerance

@@ -30,8 +30,9 @@ from replay.pruning import prune_finished
 from replay.selfcheck import check_update
 from replay.separation import opened_by_use
 from replay.serial import run_serially
-from replay.shards import FOLDER, mark_table
+from replay.shardfolder import FOLDER
 from replay.stale import remove_stale
+from replay.tablemark import mark_table
 from replay.where import Where
 from replay.work import Replayer
 
@@ -69,7 +70,7 @@ def _without(tasks: Sequence[Task], taken: Mapping[str, Collection[tuple[int, in
 
 
 def _say_dropout(opened: Replayer) -> str:
-    off = [name for name in opened.loss_data if opened.dropout_of(name) == dropout.OFF]
+    off = [name for name in opened.loss_data if opened.measuring.dropout_of(name) == dropout.OFF]
     recorded = [name for name in opened.loss_data if name not in off]
     return f"dropout as recorded on {', '.join(recorded)}" + (f", off on {', '.join(off)}" if off else "")
 

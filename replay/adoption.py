@@ -21,8 +21,10 @@ from recorder import commandline
 from recorder.errors import FormatError
 from recorder.ranges import describe_ranges, overlap
 from replay import entries
-from replay.columns import spread_shape
-from replay.shards import FOLDER, PER_PARAMETER, PER_UNIT, SETTINGS_FILE, Shard, ShardFolder
+from replay.columns import PER_PARAMETER, PER_UNIT, Shard, spread_shape
+from replay.entryfile import entry_files, move_entries
+from replay.settingsfile import SETTINGS_FILE
+from replay.shardfolder import FOLDER, ShardFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -197,7 +199,16 @@ def _move(opened: Replayer, way: _Way, ranges: Sequence[Range]) -> None:
         way.target.write(start, stop, way.source.read(start, stop), opened.run.attempts_within(start, stop))
         way.source.remove(start, stop)
     entries.remove_stale(way.source.path, opened.run.ever_recorded, opened.run.attempts_within)
-    entries.move(way.source, way.target)
+    _move_entries(way)
+
+
+def _move_entries(way: _Way) -> None:
+    # Single entries have the same names and numbers. A window of which the target holds anything stays where it is.
+    names = [row.name for row in way.target.trained if row.tied_to is None]
+    there = {window for _, window, _ in entry_files(way.target.path)}
+    for path, window, _ in list(entry_files(way.source.path)):
+        if window not in there:
+            move_entries(path, way.target.path, names, settings=way.target.settings.hash)
 
 
 def _copy_pruned(opened: Replayer, way: _Way, ranges: Sequence[Range]) -> None:

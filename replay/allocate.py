@@ -17,7 +17,7 @@ from replay.allocation import Allocation
 from replay.between import Between
 from replay.blocks import Combination
 from replay.columns import Status
-from replay.gradients import Evaluation, Theta
+from replay.evaluation import Evaluation, Theta
 from replay.products import dot
 from replay.quadrature import AdaptiveRule, Rule
 from replay.tolerance import Tolerance

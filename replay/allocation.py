@@ -11,7 +11,7 @@ import torch
 from recorder.table import Parameter
 from replay.blocks import Combination
 from replay.columns import Status
-from replay.gradients import Evaluation
+from replay.evaluation import Evaluation
 from replay.products import dot
 from replay.tolerance import Tolerance
 from replay.unitsums import ParameterSums, sum_parameters

@@ -60,7 +60,7 @@ def _steps_and_shared(opened: Replayer, task: Task) -> dict[str, tuple[int, int]
     steps = task.stop - task.start
     # Where buffers change from step to step, the loss at the end of one is not that at the start of the next.
     shared = opened.rule.starts_at_start and opened.rule.ends_at_end and not opened.run.manifest.buffers
-    evaluated = dict.fromkeys(part for name in task.loss_data for part in opened.evaluated(name))
+    evaluated = dict.fromkeys(part for name in task.loss_data for part in opened.measuring.evaluated(name))
     return {name: (steps, steps - 1 if shared and opened.loss_data[name].fixed else 0) for name in evaluated}
 
 
@@ -103,8 +103,9 @@ def bytes_in_memory(opened: Replayer, task: Task) -> int:
 
 
 def _held(opened: Replayer, task: Task) -> Held:
-    groups = {part for name in task.loss_data if (parts := opened.evaluated(name)) != [name] for part in parts}
-    others = [opened.loss_data[name] for name in task.loss_data if opened.evaluated(name) == [name]]
+    evaluated = {name: opened.measuring.evaluated(name) for name in task.loss_data}
+    groups = {part for name, parts in evaluated.items() if parts != [name] for part in parts}
+    others = [opened.loss_data[name] for name, parts in evaluated.items() if parts == [name]]
     others = [data for data in others if data.name not in groups]
     # Where buffers change from step to step, no gradient serves two of them.
     serves = opened.rule.ends_at_end and not opened.run.manifest.buffers

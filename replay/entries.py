@@ -3,42 +3,36 @@
     RUN/shards/<settings-hash>/entries-00000000-00000100.safetensors                           steps 0 to 99
     RUN/shards/<settings-hash>/entries-00000000-00000100.part-00000000-00000008.safetensors    of which 0 to 7
 
-Described in docs/formats/shards.md. A chunk of steps leaves its part of each window; one process adds up the parts in
-the order of steps, whatever the order in which they came. A sum of the first parts is a part again, so that what is
-on the disk always says how far the sum has got: an interruption changes no bit of the result. Imports no torch.
+Described in docs/formats/shards.md; what is in a file is the matter of `entryfile`. A chunk of steps leaves its part of
+each window; one process adds up the parts in the order of steps, whatever the order in which they came. A sum of the
+first parts is a part again, so that what is on the disk always says how far the sum has got: an interruption changes no
+bit of the result. Imports no torch.
 """
 
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from recorder import tensorfile
-from recorder.errors import FormatError, UsageError
+from recorder.errors import UsageError
 from recorder.ranges import describe_ranges, joined_ranges, overlap
 from replay.chunks import Range, chunks, pieces
 from replay.collector import Collector
+from replay.entryfile import added_up, entry_files, name_of, summed_over, write_entries
 from replay.ledger import sharers
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from replay.shardfile import Attempts
-    from replay.shards import ShardFolder
+    from replay.shardfolder import ShardFolder
 
-FORMAT = "lossledger-entries"
-VERSION = 1
 LOCK_FILE = ".entries-lock"
 
 PARTS_AT_ONCE = 8
 """Every addition writes a file as large as the model in float64: it waits for so many parts, or for the last one."""
-
-_NAME = re.compile(r"entries-(\d{8})-(\d{8})(?:\.part-(\d{8})-(\d{8}))?\.safetensors")
 
 
 class EntryFolder:
@@ -101,16 +95,15 @@ class EntryFolder:
         Path
             In the folder of shards.
         """
-        return self._folder.path / f"entries-{window[0]:08d}-{window[1]:08d}.safetensors"
+        return self._folder.path / name_of(window)
 
     def _part(self, window: Range, covered: Sequence[Range]) -> Path:
-        steps = f"{covered[0][0]:08d}-{covered[-1][1]:08d}"
-        return self._folder.path / f"entries-{window[0]:08d}-{window[1]:08d}.part-{steps}.safetensors"
+        return self._folder.path / name_of(window, (covered[0][0], covered[-1][1]))
 
     def _there(self) -> dict[Range, set[Range]]:
         # For every window the steps of what is on the disk; one look at the folder, for that may be far away.
         there: dict[Range, set[Range]] = {window: set() for window in self._pieces}
-        for _, window, steps in _files(self._folder.path):
+        for _, window, steps in entry_files(self._folder.path):
             if window in there:
                 there[window].add(steps or window)
         return there
@@ -165,17 +158,14 @@ class EntryFolder:
 
     def _write(self, path: Path, window: Range, covered: Sequence[Range], sums: Mapping[str, Any]) -> None:
         steps = joined_ranges(covered)
-        facts = {
-            "format": FORMAT,
-            "version": VERSION,
-            "settings": self._folder.settings.hash,
-            "start": window[0],
-            "stop": window[1],
-            "steps": [list(entry) for entry in steps],
-            "attempts": _attempts_of(steps, self._attempts_within),
-        }
-        tensors = {parameter.name: sums[parameter.name] for parameter in self._parameters}
-        tensorfile.write(path, tensors, facts)
+        write_entries(
+            path,
+            {parameter.name: sums[parameter.name] for parameter in self._parameters},
+            settings=self._folder.settings.hash,
+            window=window,
+            steps=steps,
+            attempts=_attempts_of(steps, self._attempts_within),
+        )
 
     def add_up(self) -> None:
         """Add the parts that are next in the order of steps to the sums of their windows, and remove them.
@@ -198,36 +188,18 @@ class EntryFolder:
                     files = [self._part(window, own[:done])] if done else []
                     files += [self._part(window, [piece]) for piece in own[done:stop]]
                     path = self.file(window) if complete else self._part(window, own[:stop])
-                    self._write(path, window, own[:stop], self._sum(files))
+                    names = [row.name for row in self._parameters]
+                    sums = added_up(files, names, settings=self._folder.settings.hash)
+                    self._write(path, window, own[:stop], sums)
                     done = stop
             self._remove_parts(window, keep_from=done)
-
-    def _sum(self, files: Sequence[Path]) -> dict[str, npt.NDArray[Any]]:
-        opened = [tensorfile.TensorFile(path) for path in files]
-        for file in opened:
-            found = (file.facts.get("format"), file.facts.get("version"), file.facts.get("settings"))
-            expected = (FORMAT, VERSION, self._folder.settings.hash)
-            if found != expected:
-                message = (
-                    f"{file.path}: expected format, version and settings {expected}, found {found}; it does not belong "
-                    "here: remove it and replay again"
-                )
-                raise FormatError(message)
-        sums = {}
-        for parameter in self._parameters:
-            # One after the other: the order of the additions decides the last bit.
-            total = opened[0].array(parameter.name)
-            for file in opened[1:]:
-                total += file.array(parameter.name)
-            sums[parameter.name] = total
-        return sums
 
     def _remove_parts(self, window: Range, keep_from: int) -> None:
         own = self._pieces[window]
         keep = {self._part(window, [piece]) for piece in own[keep_from:]}
         if keep_from and not self.file(window).exists():
             keep.add(self._part(window, own[:keep_from]))
-        for path, of_window, steps in _files(self._folder.path):
+        for path, of_window, steps in entry_files(self._folder.path):
             if of_window == window and steps is not None and path not in keep:
                 path.unlink(missing_ok=True)
 
@@ -265,7 +237,7 @@ class EntryFolder:
         again = tuple(steps)
         for window in self._pieces:
             if any(start < window[1] and window[0] < stop for start, stop in again):
-                for path, of_window, _ in _files(self._folder.path):
+                for path, of_window, _ in entry_files(self._folder.path):
                     if of_window == window:
                         path.unlink(missing_ok=True)
 
@@ -337,35 +309,17 @@ def remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Calla
     int
         How many files.
     """
-    if next(_files(folder), None) is None:
+    if next(entry_files(folder), None) is None:
         return 0
     with _alone(folder):
         return _remove_stale(folder, recorded, attempts_within)
 
 
-def move(source: ShardFolder, target: ShardFolder) -> None:
-    """Move sums and parts to another folder of shards, where single entries have the same names and numbers.
-
-    Parameters
-    ----------
-    source, target
-        The two folders. A window of which the target holds anything stays where it is.
-    """
-    there = {window for _, window, _ in _files(target.path)}
-    for path, window, _ in list(_files(source.path)):
-        if window not in there:
-            file = tensorfile.TensorFile(path)
-            tensors = {row.name: file.array(row.name) for row in target.trained if row.tied_to is None}
-            tensorfile.write(target.path / path.name, tensors, {**file.facts, "settings": target.settings.hash})
-            path.unlink(missing_ok=True)
-
-
 def _remove_stale(folder: Path, recorded: Sequence[Range], attempts_within: Callable[[int, int], Attempts]) -> int:
     stale = []
-    for path, window, steps in _files(folder):
-        facts = tensorfile.TensorFile(path).facts
+    for path, window, steps in entry_files(folder):
         now = joined_ranges(pieces(steps or window, recorded, length=1))
-        if (facts["steps"], facts["attempts"]) != ([list(entry) for entry in now], _attempts_of(now, attempts_within)):
+        if summed_over(path) != ([list(entry) for entry in now], _attempts_of(now, attempts_within)):
             stale.append(path)
     for path in stale:
         path.unlink(missing_ok=True)
@@ -379,14 +333,3 @@ def _alone(folder: Path) -> FileLock:
 
 def _attempts_of(steps: Iterable[Sequence[int]], attempts_within: Callable[[int, int], Attempts]) -> list[list[int]]:
     return [list(entry) for start, stop in steps for entry in attempts_within(start, stop)]
-
-
-def _files(folder: Path) -> Iterator[tuple[Path, Range, Range | None]]:
-    # Every sum and part, with its window, and the steps of a part.
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        match = _NAME.fullmatch(path.name)
-        if match:
-            part = None if match[3] is None else (int(match[3]), int(match[4]))
-            yield path, (int(match[1]), int(match[2])), part

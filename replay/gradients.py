@@ -5,7 +5,6 @@ Sums and counts, exactly as training normalises them: L = Σ loss sums / Σ pred
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 from recorder.errors import FormatError
 from replay.between import Between
 from replay.dropout import as_recorded
+from replay.evaluation import Evaluation, Theta
 from replay.products import Projection
 from replay.splitting import Pieces
 from replay.uses import Uses
@@ -28,41 +28,6 @@ if TYPE_CHECKING:
     from recorder.workload import Workload
     from replay.dropout import RandomStates
     from replay.precision import Precision
-
-Theta = Mapping[str, torch.Tensor]
-"""Parameter name to value."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Loss and gradient at one point.
-
-    Parameters
-    ----------
-    loss
-        Mean loss in nats.
-    gradient
-        Parameter name to ∂loss/∂parameter, in the parameter's shape and dtype. A parameter that the loss does not
-        depend on is left out: its gradient is zero.
-    counts
-        Number of predictions of every micro-batch.
-    along
-        Where a direction was given: parameter name to the derivative along it of every micro-batch's summed loss,
-        float64 of shape (micro-batches,), or (micro-batches, parts) where one tensor holds several components.
-    pieces
-        Number of pieces of the micro-batch that was cut most to fit into memory; 1 where all fitted.
-    """
-
-    loss: float
-    gradient: Mapping[str, torch.Tensor]
-    counts: tuple[float, ...] = (1.0,)
-    along: Mapping[str, torch.Tensor] | None = None
-    pieces: int = 1
-
-    @property
-    def predictions(self) -> float:
-        """What the loss is averaged over."""
-        return sum(self.counts)
 
 
 def set_parameters(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:

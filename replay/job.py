@@ -16,7 +16,7 @@ from replay.chunks import chunks
 if TYPE_CHECKING:
     from recorder.runformat import Run
     from replay.entries import EntryFolder
-    from replay.shards import ShardFolder
+    from replay.shardfolder import ShardFolder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

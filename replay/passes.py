@@ -20,7 +20,7 @@ from replay.selfcheck import LOSS_TOLERANCE, same
 
 if TYPE_CHECKING:
     from recorder.runformat import Run
-    from replay.gradients import Evaluation
+    from replay.evaluation import Evaluation
     from replay.precision import Precision
     from replay.work import Replayer
 
@@ -94,10 +94,10 @@ def check_recipe(opened: Replayer, names: Collection[str]) -> list[str]:
     list of str
         What agreed, in sentences for the user; none where there is no work.
     """
-    wanted = [part for name in opened.loss_data if name in names for part in opened.evaluated(name)]
+    wanted = [part for name in opened.loss_data if name in names for part in opened.measuring.evaluated(name)]
     compared = []
     for name in dict.fromkeys(wanted):
-        recorded = opened.dropout_of(name) == RECORDED
+        recorded = opened.measuring.dropout_of(name) == RECORDED
         evaluation = check_two_passes(opened.run, name, opened.evaluate, recorded=recorded)
         if recorded:
             compared.append(check_recorded_loss(opened.run, evaluation, opened.precision))

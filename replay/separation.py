@@ -71,7 +71,7 @@ def _why_inseparable(opened: Replayer) -> dict[str, str]:
     uses = {rows[0].name: rows for rows in _uses(opened.trained) if rows[0].name not in reasons}
     if not uses:
         return reasons
-    t, loss_data = run.steps[0], opened.evaluated(next(iter(opened.loss_data)))[0]
+    t, loss_data = run.steps[0], opened.measuring.evaluated(next(iter(opened.loss_data)))[0]
     with surface.together():
         tied = opened.evaluate(t, loss_data, most=1)
     try:

@@ -9,7 +9,7 @@ from recorder.ranges import overlap
 from replay import entries
 
 if TYPE_CHECKING:
-    from replay.shards import ShardFolder
+    from replay.shardfolder import ShardFolder
     from replay.work import Replayer
 
 
@@ -29,7 +29,9 @@ def remove_stale(opened: Replayer) -> None:
         for start, stop in folder.stale(run.attempts_within):
             end = _same_until(opened, folder, start, stop)
             if overlap(run.pruned, start, end):
-                folder.cut(start, stop, end, run.attempts_within(start, end))
+                # The steps that are kept first: a kill between the two loses none of them.
+                folder.write(start, end, folder.read(start, stop).before(end), run.attempts_within(start, end))
+                folder.remove(start, stop)
                 cut += 1
             else:
                 folder.remove(start, stop)

@@ -9,7 +9,7 @@ import numpy as np
 
 from recorder.manifest import CHORD
 from replay.columns import Status
-from replay.shards import ShardFolder
+from replay.shardfolder import ShardFolder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,11 +19,11 @@ from replay.rows import Rows
 
 if TYPE_CHECKING:
     from replay.dropout import RandomStates
-    from replay.gradients import Evaluation, Theta
+    from replay.evaluation import Evaluation, Surface, Theta
     from replay.job import Task
     from replay.products import Projection
     from replay.reading import RecordedStep
-    from replay.work import Replayer, Surface
+    from replay.work import Replayer
 
 STEPS = 3
 
@@ -136,7 +136,7 @@ def try_steps(opened: Replayer, tasks: Sequence[Task], clock: Clock | None = Non
     clock = clock_of(opened.device) if clock is None else clock
     wanted = {name for task in tasks for name in task.loss_data}
     # In the order of a replay: groups before what is put together of them.
-    wanted |= {part for name in wanted for part in opened.evaluated(name)}
+    wanted |= {part for name in wanted for part in opened.measuring.evaluated(name)}
     names = [name for name in opened.loss_data if name in wanted]
     steps = spread_over(tasks)
     _Stopwatch(opened, names, clock).take(steps[0])
@@ -180,7 +180,7 @@ class _Stopwatch:
         step = self._read(t)
         surface = _Timed(opened.surface, self._clock)
         # The losses at both ends at every step: how many of the steps to do have them is known without a trial.
-        allocations = opened.allocations(step, self._names, {}, surface=surface, check=True)
+        allocations = opened.measuring.allocations(step, self._names, {}, surface=surface, check=True)
         for name in self._names:
             surface.spent = spent = self.spent[name]
             began = self._clock()

@@ -9,38 +9,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from recorder.chordrun import open_run
 from recorder.loading import load_workload
-from recorder.recipe import current_recipe
 from recorder.runformat import Run
-from recorder.steps import Step
-from replay import dropout, kernels, lossdata
-from replay.allocate import allocate
-from replay.allocation import Allocation, by_weight
+from replay import kernels, lossdata
 from replay.entries import EntryFolder
-from replay.examples import Grouped
-from replay.gradients import Evaluation, LossSurface, Theta
+from replay.evaluation import Evaluation
+from replay.gradients import LossSurface
 from replay.heap import share_one_heap
 from replay.job import Job, Receipt, Task
+from replay.jobsettings import provenance_of, settings_of
 from replay.ledger import ledger, sharers
+from replay.measuring import Measuring
 from replay.precision import fitting, precision_named
-from replay.products import Projection
 from replay.quadrature import rule_for
-from replay.reading import ReadAhead, RecordedStep
+from replay.reading import ReadAhead
 from replay.recordedbatch import RecordedBatch
 from replay.rows import Rows
-from replay.settings import Settings, digest_of_table
-from replay.shards import ShardFolder
+from replay.shardfolder import ShardFolder
 from replay.tolerance import Tolerance
 
 if TYPE_CHECKING:
-    from recorder.manifest import Manifest
+    from replay.lossdata import LossData
 
 
 class Replayer:
@@ -57,6 +53,8 @@ class Replayer:
         The rows of the ledger.
     trained : tuple of Parameter
         Those of them that LCA is computed of.
+    measuring : Measuring
+        What allocates a step on the loss data.
     """
 
     def __init__(self, job: Job) -> None:
@@ -76,7 +74,7 @@ class Replayer:
         self.tolerance = Tolerance(rtol=job.rtol, atol=job.atol, rounding=self.precision.rounding)
         self.workload = load_workload(self.run.path, self.run.manifest, job.workload, job.data)
         self.device = torch.device(job.device)
-        self._held = bool(self.run.manifest.buffers)
+        self._buffers = bool(self.run.manifest.buffers)
         self.reader = ReadAhead(self.run, self.device, self.precision, self._sharers)
         self.surface = LossSurface(
             self.workload,
@@ -90,13 +88,28 @@ class Replayer:
         requests = [lossdata.parse(text) for text in job.loss_data]
         built = [data for request in requests for data in lossdata.build(request, self.workload, first, self.device)]
         self.loss_data = {data.name: data for data in built}
-        self._in_groups = {part.name for data in built if isinstance(data, Grouped) for part in data.parts}
-        self.folders = {name: self._folder(name) for name in self.loss_data}
+        self.measuring = Measuring(
+            job, self.loss_data, self.surface, self.trained, self.rule, self.tolerance, buffers=self._buffers
+        )
+        self.folders = {name: self._folder(data) for name, data in self.loss_data.items()}
         self.entries = self._entry_folders()
         self.on_step: Callable[[int], None] = lambda step: None
         """Called after each step of a chunk: whoever watches over this process hears that it lives."""
         self.seconds_to_open = time.monotonic() - began
         """What every worker takes before its first chunk, beside the start of Python and its libraries."""
+
+    def _folder(self, data: LossData) -> ShardFolder:
+        manifest = self.run.manifest
+        settings = settings_of(
+            self.job,
+            manifest,
+            self.parameters,
+            data,
+            dropout=self.measuring.dropout_of(data.name),
+            precision=self.precision,
+            device=self.device,
+        )
+        return ShardFolder.of(self.run.path, settings, self.parameters, provenance_of(manifest))
 
     def _entry_folders(self) -> dict[str, EntryFolder]:
         run, windows = self.run, self.job.windows
@@ -123,70 +136,6 @@ class Replayer:
         """Whether any loss data is made of examples that the workload collates now."""
         return any(not isinstance(data, RecordedBatch) for data in self.loss_data.values())
 
-    def _folder(self, name: str) -> ShardFolder:
-        manifest = self.run.manifest
-        settings = Settings(
-            run_id=manifest.run_id,
-            parameter_table=digest_of_table(self.parameters),
-            path=manifest.path,
-            loss_data=name,
-            loss_data_settings=self.loss_data[name].settings,
-            rule=self.job.rule,
-            rtol=self.job.rtol,
-            atol=self.job.atol,
-            dropout=self.dropout_of(name),
-            chunk=self.job.chunk,
-            recipe={
-                **current_recipe(self.device),
-                "dtype": self.precision.name,
-                "micro_batch": self.loss_data[name].micro_batch,
-                "attention": kernels.attention(self.device),
-            },
-            check_every=self.job.check_every,
-        )
-        provenance = {
-            "run": dict(manifest.provenance),
-            "trainer": dataclasses.asdict(manifest.trainer),
-            "recipe": dict(manifest.recipe),
-            "buffers": list(manifest.buffers),
-            **_correction(manifest),
-        }
-        return ShardFolder.of(self.run.path, settings, self.parameters, provenance)
-
-    def dropout_of(self, name: str) -> str:
-        """Say how a loss data is measured.
-
-        Parameters
-        ----------
-        name
-            The loss data.
-
-        Returns
-        -------
-        str
-            ``recorded`` only on the recorded batches: to other examples no recorded random state belongs.
-        """
-        return self.job.dropout if isinstance(self.loss_data[name], RecordedBatch) else dropout.OFF
-
-    def random_states(self, name: str, step: Step) -> dropout.RandomStates | None:
-        """Return what the dropout of a step is drawn from.
-
-        Parameters
-        ----------
-        name
-            The loss data.
-        step
-            The recorded step.
-
-        Returns
-        -------
-        sequence of mapping, or None
-            Of every micro-batch; None where dropout is off.
-        """
-        if self.dropout_of(name) == dropout.OFF:
-            return None
-        return [micro_batch.random_state for micro_batch in step.micro_batches]
-
     def evaluate(self, t: int, name: str, *, most: int | None = None) -> Evaluation:
         """Measure loss and gradient at the start of a step.
 
@@ -205,9 +154,9 @@ class Replayer:
             At θ_t.
         """
         step = self.run.step(t)
-        if self._held:
+        if self._buffers:
             self.surface.hold(self.run.buffers(t))
-        states = self.random_states(name, step)
+        states = self.measuring.random_states(name, step)
         return self.surface.evaluate(
             self._theta(t),
             self.loss_data[name].micro_batches(step)[:most],
@@ -245,7 +194,7 @@ class Replayer:
         kept = {name: self.entries[name].collect(task.start, task.stop) for name in task.loss_data}
         known: dict[str, Evaluation | None] = {}
         for step in self.reader.steps(task.start, task.stop):
-            for name, allocation in self.allocations(step, task.loss_data, known):
+            for name, allocation in self.measuring.allocations(step, task.loss_data, known):
                 rows[name].add(step.record, allocation)
                 kept[name].add(step.record.step, allocation)
                 # It holds θ at both ends and every gradient, and would do so while the next one's are computed.
@@ -267,130 +216,10 @@ class Replayer:
         run.manifest = dataclasses.replace(run.manifest, parameters=self.run.manifest.parameters)
         self.take_up(run)
 
-    def allocations(
-        self,
-        step: RecordedStep,
-        names: Sequence[str],
-        known: dict[str, Evaluation | None],
-        *,
-        surface: Surface | None = None,
-        check: bool | None = None,
-    ) -> Iterator[tuple[str, Allocation]]:
-        """Allocate a step on loss data, one after the other; nothing is written.
-
-        Parameters
-        ----------
-        step
-            The step, as it was read.
-        names
-            The loss data.
-        known
-            Loss data to the evaluation at the start of the step, where it is known; then holds those at its end.
-        surface
-            What measures loss and gradient, where it is not `surface` itself.
-        check
-            Whether the losses at both ends are wanted; by default at the steps that the job says.
-
-        Yields
-        ------
-        (str, Allocation)
-            Of each loss data.
-        """
-        if self._held:
-            self.surface.hold(step.buffers)
-        check = step.record.step % self.job.check_every == 0 if check is None else check
-        ends = _Ends(step.start, step.end, self.surface if surface is None else surface, check)
-        for name in names:
-            yield name, self._allocate(step.record, name, ends, known)
-
-    def evaluated(self, name: str) -> list[str]:
-        """List the loss data that are evaluated for one: itself, or its groups.
-
-        Parameters
-        ----------
-        name
-            The loss data.
-
-        Returns
-        -------
-        list of str
-            Names.
-        """
-        data = self.loss_data[name]
-        return [part.name for part in data.parts] if isinstance(data, Grouped) else [name]
-
     def _theta(self, t: int) -> dict[str, torch.Tensor]:
         return {
             name: self.precision.converted(tensor.to(self.device)) for name, tensor in self.run.parameters(t).items()
         }
-
-    def _allocate(self, step: Step, name: str, ends: _Ends, known: dict[str, Evaluation | None]) -> Allocation:
-        data = self.loss_data[name]
-        if isinstance(data, Grouped):
-            return by_weight([self._of_part(step, part.name, ends, known) for part in data.parts])
-        return self._of_part(step, name, ends, known)
-
-    def _of_part(self, step: Step, name: str, ends: _Ends, known: dict[str, Evaluation | None]) -> Allocation:
-        if name in ends.done:
-            return ends.done[name]
-        data = self.loss_data[name]
-        micro_batches = data.micro_batches(step)
-        states = self.random_states(name, step)
-
-        def along(theta: Theta, direction: Theta) -> Evaluation:
-            projection = Projection(direction, self.trained)
-            return ends.surface.evaluate(theta, micro_batches, projection, states=states)
-
-        allocation = allocate(
-            ends.start,
-            ends.end,
-            self.rule,
-            evaluate=lambda theta: ends.surface.evaluate(theta, micro_batches, states=states),
-            loss=lambda theta: ends.surface.loss(theta, micro_batches, states=states),
-            first=known.get(name),
-            tolerance=self.tolerance,
-            along=along if data.sampled else None,
-            check=ends.check,
-        )
-        known[name] = allocation.end if data.fixed and not self._held else None
-        if name in self._in_groups:
-            ends.done[name] = allocation
-        return allocation
-
-
-def _correction(manifest: Manifest) -> dict[str, Any]:
-    found = manifest.correction
-    return {} if found is None else {"map": {"source": found.source, "text": found.text, "created": found.created}}
-
-
-class Surface(Protocol):
-    """What measures loss and gradient, as `LossSurface` does."""
-
-    def evaluate(
-        self,
-        theta: Theta,
-        micro_batches: Sequence[Any],
-        direction: Projection | None = None,
-        *,
-        states: dropout.RandomStates | None = None,
-    ) -> Evaluation:
-        """Compute loss and gradient."""
-        ...
-
-    def loss(self, theta: Theta, micro_batches: Sequence[Any], *, states: dropout.RandomStates | None = None) -> float:
-        """Compute the mean loss alone."""
-        ...
-
-
-@dataclasses.dataclass(slots=True)
-class _Ends:
-    """Both ends of a step, how it is measured there, and what has been allocated for groups of examples."""
-
-    start: Theta
-    end: Theta
-    surface: Surface
-    check: bool
-    done: dict[str, Allocation] = dataclasses.field(default_factory=dict)
 
 
 @functools.lru_cache(maxsize=1)

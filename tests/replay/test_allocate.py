@@ -20,7 +20,7 @@ from replay import blocks
 from replay.allocate import allocate
 from replay.allocation import Allocation
 from replay.columns import Status
-from replay.gradients import Evaluation
+from replay.evaluation import Evaluation
 from replay.precision import PRECISIONS, Rounding
 from replay.quadrature import ADAPTIVE, RULES
 from replay.tolerance import Tolerance

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from replay.gradients import Evaluation, LossSurface, Theta
+from replay.evaluation import Evaluation, Theta
+from replay.gradients import LossSurface
 from replay.shards import Shard, ShardFolder, Status
 
 Command = Callable[..., int]

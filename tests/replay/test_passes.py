@@ -15,7 +15,7 @@ from torch import nn
 
 from recorder.errors import MismatchError
 from recorder.runformat import Run
-from replay.gradients import Evaluation
+from replay.evaluation import Evaluation
 from replay.passes import check_recorded_loss, check_two_passes
 from replay.precision import PRECISIONS
 from tests.cases import LanguageModelling, TinyTransformer

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from recorder.errors import LossledgerError, MismatchError
-from replay.gradients import Evaluation, LossSurface
+from replay.evaluation import Evaluation
+from replay.gradients import LossSurface
 from replay.precision import PRECISIONS
 from replay.products import Projection
 from replay.shards import ShardFolder
