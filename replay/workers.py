@@ -18,7 +18,7 @@ from typing import Any
 
 from replay.outcomes import StalledError
 
-STILLBORN = 5
+STILLBORN = 8
 """So many deaths in a row of a worker before it has registered are taken for its fate."""
 
 
