@@ -119,6 +119,7 @@ class Recording:
         self._learning_rates: tuple[float, ...] = ()
         self._gradient_norm: float | None = None
         self._last_words: list[Callable[[], None]] = []
+        self._last_line = ""
         self._process = os.getpid()
         self._optimizer_updates = Updates(
             optimizer,
@@ -220,8 +221,13 @@ class Recording:
         self._release()
         # Only now: where warnings are errors, nothing is left that they could keep from being done.
         last_words, self._last_words = self._last_words, []
-        for warn in last_words:
-            warn()
+        last_line, self._last_line = self._last_line, ""
+        try:
+            for warn in last_words:
+                warn()
+        finally:
+            if last_line:
+                LOG.info("%s", last_line)
 
     def _close_at_exit(self) -> None:
         self.close("the program ended without closing the recording")
@@ -238,12 +244,8 @@ class Recording:
             self._folder.write(state=state, stop=self._capture.stop)
             self._last_words.append(partial(warn_of_unmapped, self._watched.table))
         if self._capture.begun:
-            LOG.info(
-                "recorded %d steps into %s: %s",
-                self._recorded_steps,
-                self.run,
-                self._capture.cost(self._recorded_steps),
-            )
+            cost = self._capture.cost(self._recorded_steps)
+            self._last_line = f"recorded {self._recorded_steps} steps into {self.run}: {cost}"
 
     def _end(self, error: Exception) -> None:
         reason = (str(error).splitlines() or [""])[0]  # torch's messages can run to pages
